@@ -1,0 +1,775 @@
+"""What must hold, as readable examples.
+
+    pytest                                  all of it, in a few minutes
+    python test_tiny_ldm.py 200             the README's table: 200 captions of each kind, judged from the pixels
+    python test_tiny_ldm.py 200 --weights FILE
+"""
+import functools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import tiny_ldm
+from tiny_ldm import (COLOURS, COUNTS, RELATIONS, SD1, SD1_INPAINT, SHAPE_NAMES, SHAPES, SIZES, InputError,
+                      LatentDiffusion, Scene, Thing, Tokenizer, caption_of, draw, is_held_out, place, random_scene)
+
+HERE = Path(__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judge: does a picture show what its caption says? It looks at pixels and caption, and at nothing else.
+
+def parse(caption: str) -> Scene:
+    """The grammar backwards: a caption to what it says."""
+    text, _, tail = caption.partition(" on a")
+    background = tail.removeprefix("n").removesuffix(" background").strip() or None
+
+    def thing(words: list[str]) -> Thing:
+        size = words.pop(0) if words[0] in SIZES else None
+        return Thing(words[0], words[1], size)
+
+    words = text.split()
+    if words[0] in COUNTS:
+        shape = words[-1].removesuffix("es") if words[-1] == "crosses" else words[-1].removesuffix("s")
+        return Scene((thing(words[1:-1] + [shape]),) * COUNTS[words[0]], None, background)
+    for relation in RELATIONS:
+        first, found, second = text.partition(f" {relation} ")
+        if found:
+            return Scene((thing(first.split()[1:]), thing(second.split()[1:])), relation, background)
+    return Scene((thing(words[1:]),), None, background)
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    """The connected parts of a mask [H, W] (eight neighbours), as masks, the largest first."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:           # every pixel takes the largest label around it, until nothing changes
+        padded = np.pad(labels, 1)
+        h, w = mask.shape
+        best = np.max([padded[i:i + h, j:j + w] for i in range(3) for j in range(3)], axis=0) * mask
+        if (best == labels).all():
+            break
+        labels = best
+    parts = [labels == label for label in np.unique(labels) if label]
+    return sorted(parts, key=lambda p: -p.sum())
+
+
+def nearest_colour(rgb: np.ndarray) -> str:
+    return min(COLOURS, key=lambda name: np.abs(rgb - np.array(COLOURS[name])).sum())
+
+
+@functools.cache
+def moments(shape: str) -> tuple[float, float]:
+    """(area, y of the centroid) of a unit shape."""
+    ink = 1 - np.asarray(draw(Scene((Thing("black", shape),)), [(64, 64, 40)], 128))[..., 0] / 255
+    return ink.sum() / 40**2, ((np.arange(128) + 0.5) @ ink.sum(1) / ink.sum() - 64) / 40
+
+
+def fit_shape(coverage: np.ndarray, shape: str) -> tuple[float, float]:
+    """How well the coverage [H, W] (0 ... 1) of a thing fits a template of its area and centroid: (overlap, radius)."""
+    side, (area, low) = len(coverage), moments(shape)
+    k, total, at = 128 / side, coverage.sum(), np.arange(len(coverage)) + 0.5
+    r = math.sqrt(total / area) * k
+    x, y = at @ coverage.sum(0) / total * k, at @ coverage.sum(1) / total * k - low * r
+    template = 1 - np.asarray(draw(Scene((Thing("black", shape),)), [(x, y, r)], side))[..., 0].astype(float) / 255
+    return np.minimum(template, coverage).sum() / np.maximum(template, coverage).sum(), r
+
+
+def look(image: Image.Image) -> tuple[str, list[dict]]:
+    """What is in a picture: (background colour, [{colour, shape, overlap, radius, x, y}, ...])."""
+    pixels = np.asarray(image.convert("RGB")).astype(float)
+    side = len(pixels)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    contrast = np.abs(pixels - ground).sum(-1)
+    things = []
+    for part in components(contrast > 60):
+        if part.sum() < 0.001 * side * side:
+            continue
+        strong = part & (contrast >= np.percentile(contrast[part], 50))
+        colour = np.median(pixels[strong], axis=0)
+        coverage = np.clip(((pixels - ground) @ (colour - ground)) / ((colour - ground) ** 2).sum(), 0, 1)
+        padded = np.pad(part, 1)
+        near = np.max([padded[i:i + side, j:j + side] for i in range(3) for j in range(3)], axis=0)
+        coverage = coverage * near
+        if (coverage > 0.5).sum() < 9:
+            continue
+        (overlap, radius), shape = max((fit_shape(coverage, s), s) for s in SHAPE_NAMES)
+        ys, xs = np.nonzero(coverage > 0.5)
+        things.append(dict(colour=nearest_colour(colour), shape=shape, overlap=overlap, radius=radius,
+                           x=(xs.min() + xs.max()) / 2, y=(ys.min() + ys.max()) / 2))
+    return nearest_colour(ground), things
+
+
+def judge(image: Image.Image, caption: str) -> str:
+    """"" if the picture shows exactly what the caption says; otherwise what is wrong."""
+    scene = parse(caption)
+    background, found = look(image)
+    if background != (scene.background or "white"):
+        return f"the background is {background}"
+    if len(found) != len(scene.things):
+        return f"there are {len(found)} things"
+    if scene.relation and len(found) == 2:       # which of the two is the first is for the relation to say
+        ux, uy = RELATIONS[scene.relation]
+        found.sort(key=lambda f: ux * f["x"] + uy * f["y"])
+        a, b = found
+        along, across = ux * (b["x"] - a["x"]) + uy * (b["y"] - a["y"]), uy * (b["x"] - a["x"]) + ux * (b["y"] - a["y"])
+        if along <= abs(across):
+            return f"nothing is clearly {scene.relation}"
+    for thing, f in zip(scene.things, found):
+        if f["colour"] != thing.colour:
+            return f"a {thing.shape} is {f['colour']}"
+        if f["shape"] != thing.shape or f["overlap"] < 0.75:
+            return f"a {thing.shape} looks like a {f['shape']} ({f['overlap']:.2f})"
+        if thing.size and (f["radius"] < 18.5) != (thing.size == "small"):
+            return f"a {thing.size} {thing.shape} has radius {f['radius']:.1f}"
+    return ""
+
+
+def random_picture(seed: int) -> tuple[Scene, Image.Image]:
+    rng = random.Random(seed)
+    scene = random_scene(rng)
+    return scene, draw(scene, place(scene, rng), SHAPES.image_size)
+
+
+def captions_of_kind(kind: str, count: int, seed: int) -> list[str]:
+    """Captions to try a model on: "one thing", "two things and their relation", "two or three of a kind", "held-out"."""
+    rng, captions = random.Random(f"{kind}/{seed}"), []
+    while len(captions) < count:
+        scene = random_scene(rng, held_out=kind == "held-out")
+        is_kind = {"one thing": len(scene.things) == 1, "two things and their relation": scene.relation is not None,
+                   "two or three of a kind": len(scene.things) > 1 and not scene.relation, "held-out": True}
+        if is_kind[kind]:
+            captions.append(caption_of(scene))
+    return captions
+
+
+KINDS = ("one thing", "two things and their relation", "two or three of a kind", "held-out")
+
+
+def prompt_following(ldm: LatentDiffusion, kind: str, count: int, seed: int = 10**6, **settings) -> list[tuple[str, str]]:
+    """[(caption, what is wrong or "")] for `count` captions of a kind, with fresh seeds."""
+    captions, verdicts = captions_of_kind(kind, count, seed), []
+    for i in range(0, count, 25):
+        images = ldm.generate(captions[i:i + 25], seed=seed + i, progress=False, **settings)
+        verdicts += [(c, judge(image, c)) for c, image in zip(captions[i:], images)]
+    return verdicts
+
+
+def altered(scene: Scene, rng: random.Random) -> Scene:
+    """A scene that differs in one word: a colour, a shape, a size, the background, the relation or the count."""
+    while True:
+        things, background, relation = list(scene.things), scene.background, scene.relation
+        what = rng.choice(("colour", "shape", "size", "background", "relation", "count"))
+        if what == "colour":
+            things[0] = things[0]._replace(colour=rng.choice(list(COLOURS)))
+        elif what == "shape":
+            things[0] = things[0]._replace(shape=rng.choice(SHAPE_NAMES))
+        elif what == "size" and things[0].size:
+            things[0] = things[0]._replace(size="small" if things[0].size == "large" else "large")
+        elif what == "background":
+            background = rng.choice(list(COLOURS))
+        elif what == "relation" and relation and things[0][:2] != things[1][:2]:
+            relation = rng.choice(list(RELATIONS))
+        elif what == "count" and not relation and len(things) > 1:
+            things = things[:1] * (5 - len(things))
+        if not relation:
+            things = things[:1] * len(things)
+        plain = lambda s: (s.things, s.relation, s.background or "white")
+        if plain(Scene(tuple(things), relation, background)) != plain(scene):
+            return Scene(tuple(things), relation, background)
+
+
+def test_judge_accepts_true_pictures_and_rejects_wrong_captions():
+    rng, accepted, rejected = random.Random(1), 0, 0
+    for seed in range(300):
+        scene, picture = random_picture(seed)
+        assert parse(caption_of(scene)) == scene
+        accepted += judge(picture, caption_of(scene)) == ""
+        rejected += judge(picture, caption_of(altered(scene, rng))) != ""
+    assert accepted >= 0.99 * 300
+    assert rejected >= 0.98 * 300
+
+
+def test_judge_rejects_noise_and_emptiness():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    assert judge(noise, "a red circle") and judge(Image.new("RGB", (64, 64), "white"), "a red circle")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fixtures: a model so small that a test takes no time, and the one that is shipped
+
+TINY = replace(
+    SHAPES, name="tiny", image_size=32,
+    text=tiny_ldm.TextConfig(vocab_size=500, max_length=16, width=16, num_layers=1, num_heads=2),
+    vae=tiny_ldm.VAEConfig(channels=8, channel_mult=(1, 1, 1, 2), num_res_blocks=1, norm_groups=4),
+    unet=tiny_ldm.UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention=(True, False), num_heads=2,
+                             norm_groups=4))
+
+
+def tiny_model(seed: int = 0, **changes) -> LatentDiffusion:
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.train([caption_of(random_scene(random.Random(i))) for i in range(300)], 500, 16)
+    ldm = LatentDiffusion(replace(TINY, **changes), tokenizer)
+    for p in ldm.parameters():          # no branch left at zero, so that a test sees every part
+        torch.nn.init.normal_(p, std=0.2)
+    return ldm.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return LatentDiffusion.load()
+
+
+def run(*args, cwd=None, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(HERE / "tiny_ldm.py"), *map(str, args)], cwd=cwd, capture_output=True,
+                          text=True, env={**os.environ, **env})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config and parts, against plain definitions
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_sd1_has_the_published_numbers_of_parameters():
+    with torch.device("meta"):
+        assert count(tiny_ldm.UNet(SD1.unet, SD1.text.width)) == 859_520_964
+        assert count(tiny_ldm.VAE(SD1.vae)) == 83_653_863
+        assert count(tiny_ldm.TextEncoder(SD1.text)) == 123_060_480
+        assert tiny_ldm.UNet(SD1_INPAINT.unet, 768).conv_in.weight.shape == (320, 9, 3, 3)
+    assert (SD1.stride, SD1.latent_stride) == (64, 8)
+
+
+def test_config_survives_json():
+    from dataclasses import asdict
+    for config in (SHAPES, SD1, SD1_INPAINT):
+        assert tiny_ldm.Config.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_schedule_has_the_original_values():
+    a = tiny_ldm.make_alphas_cumprod(SD1.schedule)
+    assert a.dtype == torch.float64 and a.shape == (1000,)
+    sigma = ((1 - a) / a) ** 0.5
+    for value, known in ((a[0], 0.99915), (a[1], 0.998296), (a[999], 0.0046601), (sigma[999], 14.6146),
+                         (sigma[0], 0.0291672)):
+        assert value.item() == pytest.approx(known, rel=1e-5)
+    closed = math.prod(1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * s / 999) ** 2 for s in range(501))
+    assert a[500].item() == pytest.approx(closed, rel=1e-12)
+
+
+def test_eps_x0_v_and_score_say_the_same():
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn((2, 3, 4, 4, 4), generator=g, dtype=torch.float64)
+    for a in (0.999, 0.5, 0.005):
+        x = tiny_ldm.add_noise(x0, eps, a)
+        v = tiny_ldm.v_from_eps(x0, eps, a)
+        torch.testing.assert_close(tiny_ldm.x0_from_eps(x, eps, a), x0)
+        torch.testing.assert_close(tiny_ldm.eps_from_x0(x, x0, a), eps)
+        torch.testing.assert_close(tiny_ldm.eps_from_v(x, v, a), eps)
+        torch.testing.assert_close(tiny_ldm.x0_from_v(x, v, a), x0)
+        torch.testing.assert_close(tiny_ldm.score_from_eps(eps, a), -(x - a**0.5 * x0) / (1 - a))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("context_dim", [None, 6])
+def test_attention_is_softmax_written_out(causal, context_dim):
+    if causal and context_dim:
+        pytest.skip("cross-attention is never causal")
+    torch.manual_seed(0)
+    m = tiny_ldm.Attention(8, 2, context_dim, qkv_bias=True, causal=causal)
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 7, 6) if context_dim else None
+    if context_dim:
+        q, (k, v) = m.q(x), m.kv(context).split(8, -1)
+    else:
+        q, k, v = m.qkv(x).split(8, -1)
+    heads = []
+    for h in (slice(0, 4), slice(4, 8)):
+        scores = q[..., h] @ k[..., h].transpose(1, 2) / math.sqrt(4)
+        if causal:
+            scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+        heads.append(scores.softmax(-1) @ v[..., h])
+    torch.testing.assert_close(m(x, context), m.out(torch.cat(heads, -1)))
+
+
+def test_norm_epsilons_and_padding_are_the_originals():
+    with torch.device("meta"):
+        unet, vae = tiny_ldm.UNet(SD1.unet, 768), tiny_ldm.VAE(SD1.vae)
+        text = tiny_ldm.TextEncoder(SD1.text)
+    for module, owner in [(m, o) for o in unet.modules() for m in o.children() if isinstance(m, torch.nn.GroupNorm)]:
+        assert module.eps == (1e-6 if isinstance(owner, tiny_ldm.SpatialTransformer) else 1e-5)
+    assert {m.eps for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {1e-6}
+    assert {m.eps for m in text.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
+    assert {m.pad for m in unet.modules() if isinstance(m, tiny_ldm.Downsample)} == {(1, 1, 1, 1)}
+    assert {m.pad for m in vae.modules() if isinstance(m, tiny_ldm.Downsample)} == {(0, 1, 0, 1)}
+
+
+def test_group_norm_by_its_definition():
+    m, x = tiny_ldm.GroupNorm(2, 4, 1e-2), 0.1 * torch.randn(3, 4, 5, 5)
+    groups = x.view(3, 2, -1)
+    wanted = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, keepdim=True, unbiased=False) + 1e-2) ** 0.5
+    torch.testing.assert_close(m(x), wanted.view_as(x))
+    assert m(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_timestep_embedding_is_cos_then_sin():
+    e = tiny_ldm.timestep_embedding(torch.tensor([7.0]), 4)[0]
+    torch.testing.assert_close(e, torch.tensor([math.cos(7), math.cos(0.07), math.sin(7), math.sin(0.07)]))
+    torch.testing.assert_close(tiny_ldm.timestep_embedding(torch.tensor([7]), 4)[0], e)
+
+
+def test_quick_gelu_and_geglu():
+    layer = tiny_ldm.TextLayer(4, 1)
+    x = torch.randn(1, 3, 4)
+    with torch.no_grad():
+        y = x + layer.attention(layer.norm1(x))
+        h = layer.fc1(layer.norm2(y))
+        torch.testing.assert_close(layer(x), y + layer.fc2(h / (1 + torch.exp(-1.702 * h))))
+        ff = tiny_ldm.FeedForward(2)
+        value, gate = ff.proj(x[..., :2]).split(8, -1)
+        exact = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+        torch.testing.assert_close(ff(x[..., :2]), ff.out(value * exact))
+
+
+def test_shapes_of_the_public_parts(tiny):
+    image = torch.rand(2, 3, 32, 64) * 2 - 1
+    mean, logvar = tiny.vae.encode(image)
+    assert mean.shape == logvar.shape == (2, 4, 4, 8) and logvar.abs().max() <= 30
+    assert tiny.vae.decode(mean).shape == image.shape
+    ids = tiny.tokenizer(["a red circle", ""])
+    assert ids.shape == (2, 16) and ids.dtype == torch.long
+    assert ids[0, 0] == tiny.tokenizer.bos and ids[1, 1:].eq(tiny.tokenizer.eos).all()
+    context = tiny.encode_text(["a red circle", ""])
+    assert context.shape == (2, 16, 16)
+    for t in (torch.tensor([3, 999]), torch.tensor([3.5, 0.25])):
+        assert tiny.unet(mean, t, context).shape == mean.shape
+    latents = tiny.encode_image(image)
+    torch.testing.assert_close(latents, mean * tiny.config.scale_factor)
+    before = latents.clone()
+    assert tiny.decode_latents(latents).abs().max() <= 1 and torch.equal(latents, before)
+    sampled = tiny.encode_image(image, torch.Generator().manual_seed(0))
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sampled, (mean + (0.5 * logvar).exp() * noise) * tiny.config.scale_factor)
+
+
+def test_text_encoder_is_causal(tiny):
+    one, other = tiny.encode_text(["a red circle", "a red square"])
+    same = (tiny.tokenizer(["a red circle"])[0] == tiny.tokenizer(["a red square"])[0]).long().cumprod(0).bool()
+    assert same.sum() >= 3 and torch.equal(one[same], other[same]) and not torch.allclose(one[~same], other[~same])
+
+
+def test_tokenizer_cuts_and_says_so(tiny, capsys):
+    ids = tiny.tokenizer(["red " * 15 + "the end"])[0]
+    assert len(ids) == 16 and ids[-1] == tiny.tokenizer.eos and ids[-2] != tiny.tokenizer.eos
+    assert capsys.readouterr().err == "tiny_ldm: the prompt is longer than 14 tokens; cut off: 'red the end'\n"
+    assert tiny.tokenizer.unknown_words("A RED astronaut") == ["astronaut"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers, against exact answers
+
+def test_every_number_of_steps_gives_that_many_timesteps():
+    for steps in range(1, 1001):
+        ts = tiny_ldm.leading_timesteps(steps, 1000)
+        assert len(ts) == steps and max(ts) <= 999 and ts[-1] == 1
+        if 1000 % steps == 0 and steps < 1000:
+            assert ts == (np.arange(0, 1000, 1000 // steps) + 1)[::-1].tolist()
+
+
+@pytest.mark.parametrize("sampler, steps, eta", [("ddim", 50, 0), ("ddim", 200, 1), ("ddpm", 200, 0)])
+def test_samplers_reproduce_a_gaussian(sampler, steps, eta):
+    """Data ~ N(m, s²): then xₜ ~ N(√ᾱ m, ᾱ s² + 1 − ᾱ) and the ideal ε is E[ε | xₜ], a formula. From data noised to the
+    first timestep, a sampler must arrive at data noised to the last level ᾱ₀."""
+    m, s, a = 0.7, 0.4, tiny_ldm.make_alphas_cumprod(SD1.schedule)
+
+    def ideal_eps(x, t):
+        return (1 - a[t]) ** 0.5 * (x - a[t] ** 0.5 * m) / (a[t] * s**2 + 1 - a[t])
+
+    g = torch.Generator().manual_seed(0)
+    noise = lambda: torch.randn(20000, generator=g, dtype=torch.float64)
+    first = a[tiny_ldm.leading_timesteps(steps, 1000)[0]]
+    start = first**0.5 * m + (first * s**2 + 1 - first) ** 0.5 * noise()
+    *_, last = tiny_ldm.SAMPLERS[sampler](ideal_eps, start, a, steps, noise, eta)
+    assert last.x.mean().item() == pytest.approx(a[0].item() ** 0.5 * m, abs=0.02)
+    assert last.x.std().item() == pytest.approx((a[0].item() * s**2 + 1 - a[0].item()) ** 0.5, rel=0.06)
+
+
+def test_ddim_converges_to_the_exact_solution_with_order_one():
+    """For Gaussian data the probability flow is a linear map of x: (x − √ᾱ m) / √(ᾱ s² + 1 − ᾱ) stays constant."""
+    m, s, a = 0.7, 0.4, tiny_ldm.make_alphas_cumprod(SD1.schedule)
+    ideal = lambda x, t: (1 - a[t]) ** 0.5 * (x - a[t] ** 0.5 * m) / (a[t] * s**2 + 1 - a[t])
+    spread = lambda ab: (ab * s**2 + 1 - ab) ** 0.5
+    errors = []
+    for steps in (50, 100, 200):
+        first = a[tiny_ldm.leading_timesteps(steps, 1000)[0]]
+        x = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+        exact = a[0] ** 0.5 * m + spread(a[0]) * (x - first**0.5 * m) / spread(first)
+        *_, last = tiny_ldm.ddim(ideal, x, a, steps, None)
+        errors.append((last.x - exact).abs().max().item())
+    assert 0.8 < math.log2(errors[0] / errors[1]) < 1.3 and 0.8 < math.log2(errors[1] / errors[2]) < 1.3
+
+
+def test_ddim_with_eta_1_is_ddpm():
+    a, predict = tiny_ldm.make_alphas_cumprod(SD1.schedule), lambda x, t: torch.tanh(x + t / 1000)
+    walks = []
+    for name in ("ddim", "ddpm"):
+        g = torch.Generator().manual_seed(1)
+        noise = lambda: torch.randn(5, generator=g, dtype=torch.float64)
+        walks.append([s.x for s in tiny_ldm.SAMPLERS[name](predict, noise(), a, 20, noise, eta=1.0)])
+    torch.testing.assert_close(walks[0], walks[1])
+
+
+def test_whoever_iterates_may_look_and_change(tiny):
+    plain = [s.x for s in tiny.denoise("a red circle", steps=4)]
+    looked = []
+    for s in tiny.denoise("a red circle", steps=4):
+        tiny.decode_latents(s.x), tiny.decode_latents(s.x0)
+        looked.append(s.x)
+    assert all(torch.equal(p, q) for p, q in zip(plain, looked))
+    walk = tiny.denoise("a red circle", steps=4)
+    next(walk).x.zero_()
+    assert not torch.equal(next(walk).x, plain[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LatentDiffusion
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
+def test_picture_i_of_a_batch_is_the_picture_made_alone(tiny, sampler, eta):
+    settings = dict(steps=5, sampler=sampler, eta=eta, progress=False)
+    batch = tiny.generate(["a red circle", "two blue stars"], batch_size=2, seed=3, **settings)
+    assert len(batch) == 4
+    for i, prompt in enumerate(["a red circle", "a red circle", "two blue stars", "two blue stars"]):
+        alone = tiny.generate(prompt, seed=3 + i, **settings)[0]
+        assert np.abs(np.asarray(batch[i], dtype=int) - np.asarray(alone)).max() <= 1
+    again = tiny.generate(["a red circle", "two blue stars"], batch_size=2, seed=3, **settings)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(batch, again))
+
+
+def test_start_noise_is_that_of_one_cpu_generator_a_picture(tiny):
+    noise = torch.cat([torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+    plain = [s.x for s in tiny.denoise("a", steps=3, seed=7, batch_size=2)]
+    given = [s.x for s in tiny.denoise("a", steps=3, latents=noise, batch_size=2)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, given))
+
+
+def test_guidance_is_a_line_from_the_negative_prompt_through_the_prompt(tiny):
+    first = lambda **k: next(tiny.denoise("a red circle", steps=10, **k)).eps
+    e0, e1 = first(guidance_scale=0.0), first(guidance_scale=1.0)
+    torch.testing.assert_close(first(guidance_scale=4.0), e0 + 4 * (e1 - e0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first(guidance_scale=0.0, negative_prompt="a red circle"), e1, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(next(tiny.denoise(tiny.encode_text("a red circle"), steps=10)).eps, first())
+
+
+def test_prediction_eps_and_v_differ_as_they_should(tiny):
+    other = tiny_model(prediction="eps")
+    a, b = (next(m.denoise("a", steps=2, guidance_scale=1.0)) for m in (tiny, other))
+    start = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(a.eps, tiny_ldm.eps_from_v(start, b.eps, tiny.alphas_cumprod[a.t].item()),
+                               rtol=1e-4, atol=1e-3)
+
+
+def test_saved_and_loaded_is_the_same(tiny, tmp_path):
+    tiny.save(tmp_path / "m.safetensors")
+    loaded = LatentDiffusion.load(tmp_path / "m.safetensors", device="cpu")
+    assert loaded.config == tiny.config and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(tiny.state_dict().values(), loaded.state_dict().values()))
+    a, b = (m.generate("two stars", steps=3, progress=False)[0].tobytes() for m in (tiny, loaded))
+    assert a == b
+    assert LatentDiffusion.load(tmp_path / "m.safetensors", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_non_finite_is_an_error_not_a_black_picture():
+    ldm = tiny_model()
+    ldm.unet.conv_out.bias[0] = math.nan
+    with pytest.raises(InputError, match="not finite"):
+        ldm.generate("a", steps=2, progress=False)
+    ldm = tiny_model()
+    ldm.vae.decoder.conv_out.bias[0] = math.inf
+    with pytest.raises(InputError, match="not finite"):
+        ldm.generate("a", steps=2, progress=False)
+
+
+def test_importing_prints_nothing():
+    done = subprocess.run([sys.executable, "-c", "import tiny_ldm"], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Shapes world
+
+def test_scenes_are_as_the_grammar_and_the_plan_say():
+    for i in range(500):
+        rng = random.Random(i)
+        scene = random_scene(rng)
+        spots = place(scene, rng)
+        assert not any(is_held_out(t) for t in scene.things)
+        assert all(t.colour != (scene.background or "white") for t in scene.things)
+        assert all(1.1 * r <= v <= 128 - 1.1 * r for x, y, r in spots for v in (x, y))
+        for thing, (_, _, r) in zip(scene.things, spots):
+            assert 13 <= r <= 16 or (20 <= r <= 22 if len(spots) == 3 else 21 <= r <= 26)
+            assert thing.size is None or (r < 18) == (thing.size == "small")
+        if scene.relation:
+            (x0, y0, _), (x1, y1, _) = spots
+            dx, dy = x1 - x0, y1 - y0
+            along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[scene.relation]
+            assert along > abs({"left of": dy, "right of": dy, "above": dx, "below": dx}[scene.relation])
+    held_out = {t for c in COLOURS for s in SHAPE_NAMES if is_held_out(t := Thing(c, s))}
+    assert {f"{t.colour} {t.shape}" for t in held_out} == {
+        "red star", "orange triangle", "yellow square", "green circle", "blue cross", "purple ring", "black diamond",
+        "white heart"}
+
+
+def test_captions_read_well():
+    assert caption_of(Scene((Thing("orange", "ring", "large"),), None, "blue")) == "a large orange ring on a blue background"
+    assert caption_of(Scene((Thing("orange", "ring"), Thing("red", "star")), "left of")) == "an orange ring left of a red star"
+    assert caption_of(Scene((Thing("red", "cross", "small"),) * 3, None, "orange")) == \
+        "three small red crosses on an orange background"
+
+
+def test_rephrased_captions_keep_what_matters():
+    texts = {tiny_ldm.rephrase("a small red circle left of an orange star on a blue background", random.Random(i))
+             for i in range(50)}
+    assert len(texts) > 20
+    for text in texts:
+        assert all(word in text for word in ("red circle", "orange star", "blue background", "left of")), text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+@pytest.fixture(autouse=True)
+def small_pool(monkeypatch):
+    monkeypatch.setattr(tiny_ldm.Trainer, "pool_size", 64)
+
+
+def small_training(out: Path, source: str = "shapes", **settings) -> None:
+    tiny_ldm.train(source, out, config=TINY, device="cpu",
+                   **{**dict(vae_steps=4, unet_steps=4, vae_batch=4, unet_batch=16), **settings})
+
+
+def test_optimizer_orthogonalizes():
+    g = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(tiny_ldm.orthogonalized(g))
+    assert values.min() > 0.6 and values.max() < 1.3
+    torch.testing.assert_close(tiny_ldm.orthogonalized(g.T), tiny_ldm.orthogonalized(g).T)
+
+
+def test_one_step_of_training_lowers_the_loss():
+    ldm = tiny_model().requires_grad_(True)
+    a = ldm.alphas_cumprod
+    x0, context = torch.randn(8, 4, 4, 4), torch.randn(8, 16, 16)
+    t, eps = torch.randint(1000, (8,)), torch.randn(8, 4, 4, 4)
+    loss = lambda: tiny_ldm.diffusion_loss(ldm.unet, x0, context, a, "v", t, eps)
+    image, noise = torch.rand(4, 3, 32, 32), torch.randn(4, 4, 4, 4)
+    for part, loss in ((ldm.unet, loss), (ldm.vae, lambda: tiny_ldm.vae_loss(ldm.vae, image, noise, 1e-4))):
+        optimizer, before = tiny_ldm.Optimizer(dict(part.named_parameters())), loss()
+        before.backward()
+        optimizer.step(0.1)
+        assert loss() < before
+
+
+@pytest.fixture
+def one_thread():
+    """Sums over several threads are not always added in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_interrupted_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    small_training(tmp_path / "whole.safetensors")
+    for stage in ("vae", "unet"):            # stopped once in each stage: by an error in the middle, after a checkpoint
+        real = tiny_ldm.Trainer.fit
+
+        def breaks(self, name, params, loss_of, *rest):
+            def loss_or_stop(step):
+                if name == stage and step == 3:
+                    raise KeyboardInterrupt
+                return loss_of(step)
+            return real(self, name, params, loss_or_stop, *rest)
+
+        monkeypatch.setattr(tiny_ldm.Trainer, "fit", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            small_training(tmp_path / "parts.safetensors", save_minutes=0)
+        monkeypatch.setattr(tiny_ldm.Trainer, "fit", real)
+    small_training(tmp_path / "parts.safetensors")
+    whole, parts = (LatentDiffusion.load(tmp_path / f"{name}.safetensors", "cpu") for name in ("whole", "parts"))
+    assert whole.config == parts.config
+    assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_training_on_a_folder_then_from_its_weights(tmp_path):
+    for i, suffix in enumerate(("png", "jpg", "webp")):
+        scene, picture = random_picture(i)
+        picture.resize((50, 40)).save(tmp_path / f"p{i}.{suffix}")
+        (tmp_path / f"p{i}.txt").write_text(caption_of(scene))
+    small_training(tmp_path / "m.safetensors", str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "p0.png", "text": "a red circle"}\n')
+    small_training(tmp_path / "n.safetensors", str(tmp_path), weights=tmp_path / "m.safetensors")
+    m, n = (LatentDiffusion.load(tmp_path / f"{x}.safetensors", "cpu") for x in "mn")
+    same = {k: torch.equal(v, n.state_dict()[k]) for k, v in m.state_dict().items()}
+    assert all(same[k] for k in same if k.startswith("vae.")) and not all(same.values())
+    assert m.config.scale_factor == n.config.scale_factor != 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in model, and the command
+
+def test_built_in_file_is_small_and_half_precision():
+    from safetensors import safe_open
+    assert tiny_ldm.BUILT_IN.stat().st_size <= 20_000_000
+    with safe_open(tiny_ldm.BUILT_IN, "pt") as f:
+        assert {f.get_tensor(k).dtype for k in f.keys()} == {torch.float16}
+
+
+def test_command_makes_a_picture_and_says_only_its_name(tmp_path):
+    done = run("a red circle left of a blue square on a white background", "--steps", 3, "--film", "f.gif", cwd=tmp_path)
+    name = "a-red-circle-left-of-a-blue-square-on-a-white-background-0.png"
+    assert (done.returncode, done.stdout) == (0, f"{name}\nf.gif\n"), done.stderr
+    assert "tiny_ldm:" not in done.stderr
+    image = Image.open(tmp_path / name)
+    assert image.size == (SHAPES.image_size,) * 2
+    assert image.text["parameters"].splitlines() == [
+        "a red circle left of a blue square on a white background",
+        "Steps: 3, Sampler: ddim, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: shapes, Eta: 0, Precision: float32"]
+    assert Image.open(tmp_path / "f.gif").n_frames >= 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name, "f.gif"]
+
+
+def test_command_counts_seeds_and_tells_what_it_does_not_know(tmp_path):
+    done = run("an astronaut", "-n", 2, "--seed", 5, "--steps", 2, "-o", "x.png", "--film", "f.png", "--sampler", "ddpm",
+               "--negative-prompt", "a star", "--width", 128, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "x-5.png\nx-6.png\nf.png\n"), done.stderr
+    lines = [l for l in done.stderr.splitlines() if l.startswith("tiny_ldm:")]
+    assert len(lines) == 1 and "astronaut" in lines[0] and "Stable Diffusion" in lines[0]
+    assert Image.open(tmp_path / "x-6.png").size == (128, 64)
+    assert Image.open(tmp_path / "x-6.png").text["parameters"].splitlines()[1] == "Negative prompt: a star"
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    d = tmp_path_factory.mktemp("bad")
+    from safetensors.torch import load_file, save_file
+    whole = tiny_ldm.BUILT_IN.read_bytes()
+    (d / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    (d / "text.safetensors").write_text("<html>not found</html>")
+    save_file({"x": torch.zeros(1)}, d / "other.safetensors")
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, d / "official.safetensors")
+    ldm = tiny_model()
+    ldm.save(d / "tiny.safetensors")
+    from safetensors import safe_open
+    with safe_open(d / "tiny.safetensors", "pt") as f:
+        metadata = f.metadata()
+    tensors = load_file(d / "tiny.safetensors")
+    save_file({k: v for k, v in tensors.items() if "conv_in" not in k}, d / "missing.safetensors", metadata)
+    save_file({**tensors, "extra": torch.zeros(1)}, d / "extra.safetensors", metadata)
+    save_file({**tensors, "unet.conv_out.bias": torch.zeros(5)}, d / "shape.safetensors", metadata)
+    save_file({**tensors, "unet.conv_out.bias": torch.zeros(4, dtype=torch.int32)}, d / "ints.safetensors", metadata)
+    save_file(tensors, d / "config.safetensors", {**metadata, "config": "{"})
+    save_file(tensors, d / "words.safetensors", {**metadata, "tokenizer": "{}"})
+    (d / "empty").mkdir()
+    (d / "unreadable").mkdir()
+    (d / "unreadable" / "broken.png").write_bytes(b"\x89PNG\r\n")
+    (d / "unreadable" / "broken.txt").write_text("a red circle")
+    (d / "jsonl").mkdir()
+    (d / "jsonl" / "metadata.jsonl").write_text('{"file_name": "p.png"}\n')
+    return d
+
+
+BAD = [
+    ([""], "the prompt is empty"),
+    (["  "], "the prompt is empty"),
+    ([], "the prompt is empty"),
+    (["a", "--sampler", "magic"], "unknown sampler 'magic'; there are: ddim, ddpm"),
+    (["a", "--steps", "0"], "steps must be from 1 to 1000, not 0"),
+    (["a", "--steps", "1001"], "steps must be from 1 to 1000, not 1001"),
+    (["a", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["a", "--width", "100"], "width 100 is not a multiple of 16; the nearest: 96 or 112"),
+    (["a", "--height", "-3"], "height -3 is not a multiple of 16; the nearest: 16"),
+    (["a", "-n", "0"], "-n must be at least 1, not 0"),
+    (["a", "--seed", "-1"], "the seed must be from 0"),
+    (["a", "--eta", "2"], "eta must be from 0 to 1, not 2.0"),
+    (["a", "--guidance-scale", "nan"], "guidance_scale must be a finite number"),
+    (["a", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["a", "-o", "nowhere/x.png"], "the folder nowhere does not exist"),
+    (["a", "-o", "x.bmp"], "x.bmp must end in .png"),
+    (["a", "--film", "x.mp4"], "x.mp4 must end in .png or .gif"),
+    (["a", "--weights", "none.safetensors"], "no weights file at none.safetensors"),
+    (["a", "--weights", "empty"], "no weights file at empty"),
+    (["a", "--weights", "cut.safetensors"], "cut.safetensors is no whole .safetensors file"),
+    (["a", "--weights", "text.safetensors"], "text.safetensors is no whole .safetensors file"),
+    (["a", "--weights", "other.safetensors"], "other.safetensors is no tiny_ldm weights file"),
+    (["a", "--weights", "official.safetensors"], "convert it first: python weights_convert.py official.safetensors"),
+    (["a", "--weights", "missing.safetensors"], "lacks 6 of 384 tensors: unet.conv_in.bias, unet.conv_in.weight, "),
+    (["a", "--weights", "extra.safetensors"], "has unexpected 1 of 384 tensors: extra"),
+    (["a", "--weights", "shape.safetensors"], "has the wrong shape for 1 of 384 tensors: unet.conv_out.bias"),
+    (["a", "--weights", "ints.safetensors"], "holds no floating-point numbers in 1 of 384 tensors: unet.conv_out.bias"),
+    (["a", "--weights", "config.safetensors"], "config.safetensors has a damaged header"),
+    (["a", "--weights", "words.safetensors"], "words.safetensors has a damaged header"),
+    (["--train", "shapes"], "--train needs -o FILE"),
+    (["--train", "shapes", "-o", "nowhere/x.safetensors"], "the folder nowhere does not exist"),
+    (["--train", "nowhere", "-o", "x.safetensors"], "no folder nowhere to train on"),
+    (["--train", "empty", "-o", "x.safetensors"], "no captioned pictures in empty"),
+    (["--train", "unreadable", "-o", "x.safetensors"], "unreadable/broken.png can't be read as a picture"),
+    (["--train", "jsonl", "-o", "x.safetensors"], "jsonl/metadata.jsonl, line 1: needs"),
+] + ([] if torch.cuda.is_available() else [(["a", "--device", "cuda"], "there is no device 'cuda' here")])
+
+
+@pytest.mark.parametrize("args, message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_input_is_one_line_and_exit_code_2(args, message, bad_files, monkeypatch, capsys):
+    monkeypatch.chdir(bad_files)
+    before = sorted(bad_files.rglob("*"))
+    assert tiny_ldm.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("tiny_ldm: ") and err.count("\n") == 1 and message in err, err
+    assert sorted(bad_files.rglob("*")) == before
+
+
+def test_bad_input_from_the_shell(tmp_path):
+    done = run("a", "--steps", 0, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "tiny_ldm: steps must be from 1 to 1000, not 0\n" and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def print_table(argv: list[str]) -> None:
+    """The README's table of prompt-following: a row a kind of caption."""
+    import argparse
+    ap = argparse.ArgumentParser(description=print_table.__doc__)
+    ap.add_argument("count", type=int, help="captions of each kind")
+    ap.add_argument("--weights")
+    ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--guidance-scale", type=float, default=7.5)
+    ap.add_argument("--failures", action="store_true", help="also print what was wrong")
+    args = ap.parse_args(argv)
+    ldm = LatentDiffusion.load(args.weights)
+    print("| captions | right |\n|---|---|")
+    for kind in KINDS:
+        verdicts = prompt_following(ldm, kind, args.count, steps=args.steps, guidance_scale=args.guidance_scale)
+        print(f"| {kind} | {100 * sum(not wrong for _, wrong in verdicts) / len(verdicts):.1f} % |", flush=True)
+        if args.failures:
+            print("\n".join(f"    {caption}: {wrong}" for caption, wrong in verdicts if wrong))
+
+
+if __name__ == "__main__":
+    print_table(sys.argv[1:])
