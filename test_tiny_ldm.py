@@ -11,14 +11,14 @@ import os
 import random
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import tiny_ldm
 from tiny_ldm import (COLOURS, COUNTS, RELATIONS, SD1, SD1_INPAINT, SHAPE_NAMES, SHAPES, SIZES, InputError,
@@ -157,13 +157,14 @@ def captions_of_kind(kind: str, count: int, seed: int) -> list[str]:
 KINDS = ("one thing", "two things and their relation", "two or three of a kind", "held-out")
 
 
-def prompt_following(ldm: LatentDiffusion, kind: str, count: int, seed: int = 10**6, **settings) -> list[tuple[str, str]]:
-    """[(caption, what is wrong or "")] for `count` captions of a kind, with fresh seeds."""
-    captions, verdicts = captions_of_kind(kind, count, seed), []
+def prompt_following(ldm: LatentDiffusion, kind: str, count: int, seed: int = 10**6,
+                     **settings) -> list[tuple[Image.Image, str, str]]:
+    """[(picture, caption, what is wrong or "")] for `count` captions of a kind, with fresh seeds."""
+    captions, judged = captions_of_kind(kind, count, seed), []
     for i in range(0, count, 25):
         images = ldm.generate(captions[i:i + 25], seed=seed + i, progress=False, **settings)
-        verdicts += [(c, judge(image, c)) for c, image in zip(captions[i:], images)]
-    return verdicts
+        judged += [(image, c, judge(image, c)) for image, c in zip(images, captions[i:])]
+    return judged
 
 
 def altered(scene: Scene, rng: random.Random) -> Scene:
@@ -433,6 +434,31 @@ def test_ddim_with_eta_1_is_ddpm():
         noise = lambda: torch.randn(5, generator=g, dtype=torch.float64)
         walks.append([s.x for s in tiny_ldm.SAMPLERS[name](predict, noise(), a, 20, noise, eta=1.0)])
     torch.testing.assert_close(walks[0], walks[1])
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0)])
+@pytest.mark.parametrize("steps", [1, 7, 50, 250])
+def test_samplers_equal_those_of_diffusers(sampler, eta, steps):
+    """Step by step, on a fixed "network". diffusers' DDPM ends its last step at ᾱ = 1, the original at ᾱ₀: left out."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    kind, settings = {"ddim": (diffusers.DDIMScheduler, dict(set_alpha_to_one=False)),
+                      "ddpm": (diffusers.DDPMScheduler, {})}[sampler]
+    scheduler = kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+                     timestep_spacing="leading", **settings)
+    scheduler.set_timesteps(steps)
+    predict = lambda x, t: torch.tanh(x * (1 + t / 1000))
+    g = [torch.Generator().manual_seed(5) for _ in range(2)]
+    noise = lambda: torch.randn((1, 4, 3, 3), generator=g[0])
+    extra = dict(eta=eta) if sampler == "ddim" else {}
+    a = tiny_ldm.make_alphas_cumprod(SD1.schedule)
+    theirs = torch.randn((1, 4, 3, 3), generator=g[1])
+    ours = tiny_ldm.SAMPLERS[sampler](predict, noise(), a, steps, noise, eta)
+    for step, t in zip(ours, scheduler.timesteps.tolist(), strict=True):
+        assert step.t == t
+        if sampler == "ddpm" and t == 1:
+            break
+        theirs = scheduler.step(predict(theirs, t), t, theirs, generator=g[1], **extra).prev_sample
+        assert (step.x - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def test_whoever_iterates_may_look_and_change(tiny):
@@ -706,9 +732,9 @@ BAD = [
     (["a", "--width", "100"], "width 100 is not a multiple of 16; the nearest: 96 or 112"),
     (["a", "--height", "-3"], "height -3 is not a multiple of 16; the nearest: 16"),
     (["a", "-n", "0"], "-n must be at least 1, not 0"),
-    (["a", "--seed", "-1"], "the seed must be from 0"),
+    (["a", "--seed", "-1"], "seed must be from 0 to"),
     (["a", "--eta", "2"], "eta must be from 0 to 1, not 2.0"),
-    (["a", "--guidance-scale", "nan"], "guidance_scale must be a finite number"),
+    (["a", "--guidance-scale", "nan"], "guidance_scale must be from -1000 to 1000, not nan"),
     (["a", "--nonsense"], "unrecognized arguments: --nonsense"),
     (["a", "-o", "nowhere/x.png"], "the folder nowhere does not exist"),
     (["a", "-o", "x.bmp"], "x.bmp must end in .png"),
@@ -722,7 +748,7 @@ BAD = [
     (["a", "--weights", "missing.safetensors"], "lacks 6 of 384 tensors: unet.conv_in.bias, unet.conv_in.weight, "),
     (["a", "--weights", "extra.safetensors"], "has unexpected 1 of 384 tensors: extra"),
     (["a", "--weights", "shape.safetensors"], "has the wrong shape for 1 of 384 tensors: unet.conv_out.bias"),
-    (["a", "--weights", "ints.safetensors"], "holds no floating-point numbers in 1 of 384 tensors: unet.conv_out.bias"),
+    (["a", "--weights", "ints.safetensors"], "has no floating-point numbers in 1 of 384 tensors: unet.conv_out.bias"),
     (["a", "--weights", "config.safetensors"], "config.safetensors has a damaged header"),
     (["a", "--weights", "words.safetensors"], "words.safetensors has a damaged header"),
     (["--train", "shapes"], "--train needs -o FILE"),
@@ -753,7 +779,7 @@ def test_bad_input_from_the_shell(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def print_table(argv: list[str]) -> None:
-    """The README's table of prompt-following: a row a kind of caption."""
+    """The README's table of prompt-following, a row a kind of caption, and its grid of pictures."""
     import argparse
     ap = argparse.ArgumentParser(description=print_table.__doc__)
     ap.add_argument("count", type=int, help="captions of each kind")
@@ -761,14 +787,30 @@ def print_table(argv: list[str]) -> None:
     ap.add_argument("--steps", type=int, default=50)
     ap.add_argument("--guidance-scale", type=float, default=7.5)
     ap.add_argument("--failures", action="store_true", help="also print what was wrong")
+    ap.add_argument("--grid", metavar="FILE", help="also draw the first pictures of each kind")
     args = ap.parse_args(argv)
-    ldm = LatentDiffusion.load(args.weights)
+    ldm, rows = LatentDiffusion.load(args.weights), []
     print("| captions | right |\n|---|---|")
     for kind in KINDS:
-        verdicts = prompt_following(ldm, kind, args.count, steps=args.steps, guidance_scale=args.guidance_scale)
-        print(f"| {kind} | {100 * sum(not wrong for _, wrong in verdicts) / len(verdicts):.1f} % |", flush=True)
+        judged = prompt_following(ldm, kind, args.count, steps=args.steps, guidance_scale=args.guidance_scale)
+        print(f"| {kind} | {100 * sum(not wrong for _, _, wrong in judged) / len(judged):.1f} % |", flush=True)
+        rows += judged[:6]
         if args.failures:
-            print("\n".join(f"    {caption}: {wrong}" for caption, wrong in verdicts if wrong))
+            print("\n".join(f"    {caption}: {wrong}" for _, caption, wrong in judged if wrong))
+    if args.grid:
+        tiny_ldm.grid([labelled(*row) for row in rows], 6).save(args.grid)
+
+
+def labelled(image: Image.Image, caption: str, wrong: str) -> Image.Image:
+    """A picture at 128 x 128 with its caption below, and a mark where the judge disagrees."""
+    card = Image.new("RGB", (144, 192), "white")
+    card.paste(image.resize((128, 128), Image.Resampling.NEAREST), (8, 8))
+    pen, font = ImageDraw.Draw(card), ImageFont.load_default(11)
+    pen.rectangle((7, 7, 136, 136), outline="lightgrey")
+    pen.text((8, 140), "\n".join(textwrap.wrap(caption, 24)), "black", font)
+    if wrong:
+        pen.text((128, 176), "x", "red", font)
+    return card
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
-"""tiny_ldm: latent diffusion, the architecture behind Stable Diffusion, in one file to read and to run.
+"""tiny_ldm: latent diffusion, the architecture of Stable Diffusion, in one file to read and run.
 
-A picture is hard to make at once and easy to make by steps: train a network to remove a little noise from noisy pictures,
-start from nothing but noise, and remove it fifty times. Latent diffusion (Rombach et al. 2022, arXiv:2112.10752) does
-this not on pixels but on a small code of the picture, its latents, which makes it 48 times cheaper. Four parts:
+A picture is hard to make at once and easy to make by steps: train a network to remove a little
+noise from noisy pictures, start from nothing but noise, and remove it fifty times. Latent diffusion
+(Rombach et al. 2022, arXiv:2112.10752) does this not on pixels but on a small code of the picture,
+its latents, which makes it 48 times cheaper. Four parts:
 
-    "a red circle ..."                                   random noise x_T  [B, 4, 64, 64]
-           | tokenizer                                          |
-    ids    [B, 77]                                              v
-           | text encoder (CLIP)                   +------> U-Net(x_t, t, context) ----> noise estimate eps
-           v                                       |            |                        [B, 4, 64, 64]
-    context [B, 77, 768] --------------------------+            v
-                                                   |     sampler: one step, x_t -> x_{t-1}
-                                                   +------------|   (S times)
-                                                                v
-                                                         latents x_0  [B, 4, 64, 64]
-                                                                | VAE decoder
-                                                                v
-                                                         picture      [B, 3, 512, 512]
+    "a red circle ..."                              random noise x_T  [B, 4, 64, 64]
+           | tokenizer                                     |
+    ids    [B, 77]                                         v
+           | text encoder (CLIP)              +------> U-Net(x_t, t, context) --> noise estimate eps
+           v                                  |            |                      [B, 4, 64, 64]
+    context [B, 77, 768] ---------------------+            v
+                                              |     sampler: one step, x_t -> x_{t-1}
+                                              +------------|   (S times)
+                                                           v
+                                                    latents x_0  [B, 4, 64, 64]
+                                                           | VAE decoder
+                                                           v
+                                                    picture      [B, 3, 512, 512]
 
-(Shapes as in Stable Diffusion 1.x. The model built into this repository is the same code with smaller numbers.)
+(Shapes as in Stable Diffusion 1.x. The model built into this repository is the same code with
+smaller numbers.)
 
     1. Config        every number, and why it is that number
     2. Diffusion     the noise schedule, what noise does to a picture, and the loss
@@ -32,13 +34,13 @@ this not on pixels but on a small code of the picture, its latents, which makes 
    10. Training      the autoencoder first, then the U-Net and its text encoder
    11. Command line
 
-Letters in shape comments: B batch, C channels, H W pixels, h w latents, L tokens, D width, S steps, T timesteps (1000).
+Letters in shape comments: B batch, C channels, H W pixels, h w latents, L tokens, D width, S steps,
+T timesteps (1000).
 """
 # %% Imports
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import json
 import math
@@ -58,19 +60,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """What the user gave can't be used. The message is one line: what is wrong, with the value, and what to do."""
+    """What the user gave can't be used. The message is one line: what is wrong, with the value, and
+    what to do."""
 
 
 # %% 1. Config
-# ----------------------------------------------------------------------------------------------------------------------
-# Every number of every network stands here and nowhere else. Stable Diffusion 1.x is one instance of these classes
-# (`SD1`), the small model built into this repository another (`SHAPES`), so whatever you learn on the small one holds
-# for the large one.
+# --------------------------------------------------------------------------------------------------
+# Every number of every network stands here and nowhere else. Stable Diffusion 1.x is one instance
+# of these classes (`SD1`), the small model built into this repository another (`SHAPES`), so
+# whatever you learn on the small one holds for the large one.
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -92,13 +96,16 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    in_channels: int = 4          # 9 for inpainting: 4 latents + 1 mask + 4 latents of the masked picture
+    # 9 for inpainting: 4 latents + 1 mask + 4 latents of the masked picture
+    in_channels: int = 4
     out_channels: int = 4
     channels: int = 320
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    attention: tuple[bool, ...] = (True, True, True, False)   # which levels have it: not the coarsest one
-    num_heads: int = 8            # SD 1.x fixes the number of heads (their size grows: 40, 80, 160) ...
+    # Which levels have it: not the coarsest one
+    attention: tuple[bool, ...] = (True, True, True, False)
+    # SD 1.x fixes the number of heads (their size grows: 40, 80, 160) ...
+    num_heads: int = 8
     head_dim: int | None = None   # ... SD 2.x fixes their size at 64 instead
     norm_groups: int = 32
 
@@ -112,11 +119,14 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole model. `prediction` is what the U-Net puts out: "eps" (the noise) or "v" (see section 2)."""
+    """A whole model. `prediction` is what the U-Net puts out: "eps" (the noise) or "v" (see section
+    2)."""
     name: str
-    image_size: int               # side of the training pictures, and the default size of the results
+    # Side of the training pictures, and the default size of the results
+    image_size: int
     prediction: str = "eps"
-    scale_factor: float = 0.18215   # 1 / (standard deviation of the latents), so that scaled latents have about 1
+    # 1 / (standard deviation of the latents), so that scaled latents have about 1
+    scale_factor: float = 0.18215
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -129,58 +139,65 @@ class Config:
 
     @property
     def stride(self) -> int:
-        """Width and height of a picture must be multiples of this: every halving in the VAE and the U-Net. 64 in SD 1.x."""
+        """Width and height of a picture must be multiples of this: every halving in the VAE and the
+        U-Net. 64 in SD 1.x."""
         return self.latent_stride * 2 ** (len(self.unet.channel_mult) - 1)
 
     @staticmethod
     def from_dict(d: dict) -> "Config":
         """The inverse of `dataclasses.asdict`, from JSON (where tuples became lists)."""
+        parts = {"text": TextConfig, "vae": VAEConfig, "unet": UNetConfig,
+                 "schedule": ScheduleConfig}
         tuples = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
-        return Config(**{**d, "text": TextConfig(**tuples(d["text"])), "vae": VAEConfig(**tuples(d["vae"])),
-                         "unet": UNetConfig(**tuples(d["unet"])), "schedule": ScheduleConfig(**tuples(d["schedule"]))})
+        return Config(**{**d, **{name: kind(**tuples(d[name])) for name, kind in parts.items()}})
 
 
 SD1 = Config("Stable Diffusion 1.x", image_size=512)
 SD1_INPAINT = replace(SD1, name="Stable Diffusion 1.x inpainting", unet=UNetConfig(in_channels=9))
 SHAPES = Config(
     "shapes",
-    image_size=64,                # 8 x 8 latents: the fewest in which a shape still keeps its corners
-    prediction="v",               # learns colours and layout sooner than "eps" (section 2 says why)
-    scale_factor=1.0,             # measured after the VAE is trained, and stored with the weights
+    image_size=64,          # 8 x 8 latents: the fewest in which a shape still keeps its corners
+    prediction="v",         # learns colours and layout sooner than "eps" (section 2 says why)
+    scale_factor=1.0,       # measured after the VAE is trained, and stored with the weights
     text=TextConfig(vocab_size=512, max_length=24, width=128, num_layers=3, num_heads=4),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=8),
-    unet=UNetConfig(channels=112, channel_mult=(1, 1), num_res_blocks=1, attention=(True, True), num_heads=4, norm_groups=16),
-)
+    unet=UNetConfig(channels=112, channel_mult=(1, 1), num_res_blocks=1, attention=(True, True),
+                    num_heads=4, norm_groups=16))
 
 
 # %% 2. Diffusion
-# ----------------------------------------------------------------------------------------------------------------------
-# Take clean latents x₀ and mix them with Gaussian noise ε, at a level set by the timestep t = 0 ... 999:
+# --------------------------------------------------------------------------------------------------
+# Take clean latents x₀ and mix them with Gaussian noise ε, at a level set by the timestep t = 0 ...
+# 999:
 #
-#     xₜ = √ᾱₜ · x₀ + √(1 − ᾱₜ) · ε                              (Ho et al. 2020, arXiv:2006.11239, equation 4)
+#     xₜ = √ᾱₜ · x₀ + √(1 − ᾱₜ) · ε                  (Ho et al. 2020, arXiv:2006.11239, equation 4)
 #
-# ᾱ falls from nearly 1 (clean) to nearly 0 (nothing but noise) and the variance stays 1 if x₀ has variance 1. A network
-# that sees only xₜ and t and guesses ε knows also x₀, since the line above ties them together. So there are four ways to
-# say the same guess, and one can go from each to each:
+# ᾱ falls from nearly 1 (clean) to nearly 0 (nothing but noise), and the variance stays 1 if x₀ has
+# variance 1. A network that sees only xₜ and t and guesses ε knows also x₀, since the line above
+# ties them together. So there are four ways to say the same guess, and one can go from any to any:
 #
 #     ε       the noise: what Stable Diffusion 1.x predicts
 #     x₀      the clean latents: what we want in the end
-#     v       √ᾱₜ · ε − √(1 − ᾱₜ) · x₀  (Salimans & Ho 2022, arXiv:2202.00512): like ε where there is little noise and like
-#             −x₀ where there is much, so never trivial; an error in it is worth the same at each level
-#     score   ∇ log p(xₜ) = −ε / √(1 − ᾱₜ): the direction in which xₜ gets more likely (Song et al. 2021, arXiv:2011.13456)
+#     v       √ᾱₜ · ε − √(1 − ᾱₜ) · x₀: like ε where there is little noise and like −x₀ where there
+#             is much, so it is never trivial to guess (Salimans & Ho 2022, arXiv:2202.00512)
+#     score   ∇ log p(xₜ) = −ε / √(1 − ᾱₜ): the direction in which xₜ gets more likely
+#             (Song et al. 2021, arXiv:2011.13456)
 
 def make_alphas_cumprod(config: ScheduleConfig) -> Tensor:
     """ᾱₜ for t = 0 ... T−1: float64 on the CPU, [T]. Cast it once, after the arithmetic.
 
-    Careful, "scaled linear": it is √β that grows linearly, not β (CompVis ldm/modules/diffusionmodules/util.py).
+    Careful, "scaled linear": it is √β that grows linearly, not β (CompVis
+    ldm/modules/diffusionmodules/util.py).
     """
-    betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps, dtype=torch.float64,
-                           device="cpu") ** 2
+    roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps,
+                           dtype=torch.float64, device="cpu")
+    betas = roots**2
     return torch.cumprod(1 - betas, dim=0)      # ᾱₜ = Π (1 − βₛ), s = 0 ... t
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """xₜ = √ᾱₜ x₀ + √(1−ᾱₜ) ε.  x0, eps [B, ...]; alpha_bar a number or a tensor that broadcasts, as in all these."""
+    """xₜ = √ᾱₜ x₀ + √(1−ᾱₜ) ε.  x0, eps [B, ...]; alpha_bar a number or a tensor that broadcasts,
+    as in all these."""
     return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
 
 
@@ -214,13 +231,15 @@ def score_from_eps(eps: Tensor, alpha_bar: Tensor) -> Tensor:
     return -eps / (1 - alpha_bar) ** 0.5
 
 
-def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod: Tensor, prediction: str,
-                   t: Tensor, eps: Tensor) -> Tensor:
-    """The whole training of a diffusion model: add noise, guess, compare (Ho et al. 2020, algorithm 1).
+def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod: Tensor,
+                   prediction: str, t: Tensor, eps: Tensor) -> Tensor:
+    """The whole training of a diffusion model: add noise, guess, compare (Ho et al. 2020, algorithm
+    1).
 
-    x0 [B, 4, h, w] scaled latents; context [B, L, D]; t [B] int64 in 0 ... T−1, uniform; eps like x0, standard normal.
-    The target is ε, or v, whose error is that of ε divided by √ᾱₜ: it counts for more where there is much noise, which
-    is where the layout of a picture is decided. Returns the mean squared error, a scalar.
+    x0 [B, 4, h, w] scaled latents; context [B, L, D]; t [B] int64 in 0 ... T−1, uniform; eps like
+    x0, standard normal. The target is ε, or v, whose error is that of ε divided by √ᾱₜ: it counts
+    for more where there is much noise, which is where the layout of a picture is decided. Returns
+    the mean squared error, a scalar.
     """
     alpha_bar = alphas_cumprod[t].to(x0.dtype).view(-1, 1, 1, 1)
     target = eps if prediction == "eps" else v_from_eps(x0, eps, alpha_bar)
@@ -228,25 +247,35 @@ def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod:
 
 
 # %% 3. Blocks
-# ----------------------------------------------------------------------------------------------------------------------
-# Four bricks. The VAE and the U-Net are ResBlocks between Downsamples and Upsamples, with Attention in the low
-# resolutions; the text encoder is Attention all the way. Arguments hold what differs between them: above all the
-# epsilons and the padding, which are easy to get wrong and hard to see.
+# --------------------------------------------------------------------------------------------------
+# Four bricks. The VAE and the U-Net are ResBlocks between Downsamples and Upsamples, with Attention
+# in the low resolutions; the text encoder is Attention all the way. Pictures go in and out as
+# [B, C, H, W], sequences as [B, N, D]. Arguments hold what differs between the networks: above all
+# the epsilons and the padding, which are easy to get wrong and hard to see: the picture only gets a
+# little worse.
+#
+# Two ideas make networks this deep trainable at all. Residuals: a block adds to its input rather
+# than replaces it, so that gradients find a way past it (He et al. 2015, arXiv:1512.03385). Norms:
+# a block first brings its input to mean 0 and variance 1, so that it need not care for the scale.
 
 class GroupNorm(nn.GroupNorm):
-    """Normalises each group of channels of each picture to mean 0, variance 1 (Wu & He 2018), always in float32."""
+    """Normalises each group of channels of each picture to mean 0, variance 1 (Wu & He 2018),
+    always in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))): x [B, C, H, W] -> [B, C', H, W]; emb [B, E] or None.
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))): x [B, C, H, W] -> [B, C', H, W]; emb [B, E]
+    or None.
 
     eps is 1e-5 in the U-Net and 1e-6 in the VAE (CompVis openaimodel.py, model.py).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, emb_dim: int | None = None):
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float,
+                 emb_dim: int | None = None):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -258,20 +287,23 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         if self.emb is not None:
-            h = h + self.emb(F.silu(emb))[:, :, None, None]   # SiLU here too, after the one inside the time embedding
+            # SiLU here too, after the one inside the time embedding
+            h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.skip is None else self.skip(x))
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / √d) v over several heads (Vaswani et al. 2017, arXiv:1706.03762), then a Linear.
+    """softmax(q kᵀ / √d) v over several heads (Vaswani et al. 2017, arXiv:1706.03762), then a
+    Linear.
 
-    x [B, N, C] asks; context [B, L, D] answers, x itself where context_dim is None (self-attention). q, k and v come
-    from as few matrix products as possible. causal: position i sees 0 ... i only (the text encoder).
+    x [B, N, C] asks; context [B, L, D] answers, x itself where context_dim is None
+    (self-attention). q, k and v come from as few matrix products as possible. causal: position i
+    sees 0 ... i only (the text encoder).
     """
 
-    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None, qkv_bias: bool = False,
-                 causal: bool = False):
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None,
+                 qkv_bias: bool = False, causal: bool = False):
         super().__init__()
         self.num_heads, self.causal = num_heads, causal
         if context_dim is None:
@@ -286,7 +318,8 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))   # [B, heads, N or L, d]
+        # [B, heads, N or L, d]
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -294,8 +327,9 @@ class Attention(nn.Module):
 class Downsample(nn.Module):
     """Halves H and W: 3x3 convolution with stride 2.
 
-    Careful, two paddings: the U-Net pads 1 on all sides, the VAE's encoder 1 at the right and the bottom only. The wrong
-    one shifts the picture by half a pixel at each level (CompVis model.py:66, openaimodel.py:143).
+    Careful, two paddings: the U-Net pads 1 on all sides, the VAE's encoder 1 at the right and the
+    bottom only. The wrong one shifts the picture by half a pixel at each level (CompVis
+    model.py:66, openaimodel.py:143).
     """
 
     def __init__(self, channels: int, symmetric: bool):
@@ -319,7 +353,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of a network: its blocks, and the Downsample or Upsample that leads to the next (or None)."""
+    """One resolution of a network: its blocks, and the Downsample or Upsample that leads to the
+    next (or None)."""
 
     def __init__(self, blocks: list[nn.Module], resample: nn.Module | None):
         super().__init__()
@@ -328,20 +363,23 @@ class Level(nn.Module):
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """Fills with zeros: a residual branch that starts as nothing trains better (Zhang et al. 2019, arXiv:1901.09321)."""
+    """Fills with zeros: a residual branch that starts as nothing trains better (Zhang et al. 2019,
+    arXiv:1901.09321)."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 # %% 4. VAE
-# ----------------------------------------------------------------------------------------------------------------------
-# A variational autoencoder (Kingma & Welling 2013, arXiv:1312.6114): the encoder turns a picture [B, 3, H, W] in [−1, 1]
-# into the mean and log-variance of a Gaussian over latents [B, 4, H/8, W/8]; the decoder turns latents into a picture.
-# It throws away what the eye does not miss, so that the diffusion model can spend its effort on what is in the picture.
+# --------------------------------------------------------------------------------------------------
+# A variational autoencoder (Kingma & Welling 2013, arXiv:1312.6114): the encoder turns a picture
+# [B, 3, H, W] in [−1, 1] into the mean and log-variance of a Gaussian over latents [B, 4, H/8,
+# W/8]; the decoder turns latents into a picture. It throws away what the eye does not miss, so that
+# the diffusion model can spend its effort on what is in the picture.
 
 class MiddleAttention(nn.Module):
-    """Single-head self-attention over all positions, with its norm and residual: x [B, C, h, w] -> the same."""
+    """Single-head self-attention over all positions, with its norm and residual: x [B, C, h, w] ->
+    the same."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -368,7 +406,8 @@ class Encoder(nn.Module):
                 channels = c.channels * mult
             last = level == len(c.channel_mult) - 1
             self.down.append(Level(blocks, None if last else Downsample(channels, symmetric=False)))
-        self.mid = nn.ModuleList([res(channels, channels), MiddleAttention(channels, c.norm_groups), res(channels, channels)])
+        self.mid = nn.ModuleList([res(channels, channels), MiddleAttention(channels, c.norm_groups),
+                                  res(channels, channels)])
         self.norm_out = GroupNorm(c.norm_groups, channels, 1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * c.latent_channels, 3, padding=1)
 
@@ -385,14 +424,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latents [B, 4, h, w] -> image [B, 3, 8h, 8w]: the encoder mirrored, with one ResBlock more a level."""
+    """latents [B, 4, h, w] -> image [B, 3, 8h, 8w]: the encoder mirrored, with one ResBlock more a
+    level."""
 
     def __init__(self, c: VAEConfig):
         super().__init__()
         res = lambda i, o: ResBlock(i, o, c.norm_groups, 1e-6)
         channels = c.channels * c.channel_mult[-1]
         self.conv_in = nn.Conv2d(c.latent_channels, channels, 3, padding=1)
-        self.mid = nn.ModuleList([res(channels, channels), MiddleAttention(channels, c.norm_groups), res(channels, channels)])
+        self.mid = nn.ModuleList([res(channels, channels), MiddleAttention(channels, c.norm_groups),
+                                  res(channels, channels)])
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             blocks = []
@@ -418,7 +459,8 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Encoder and decoder, with a 1x1 convolution on either side of the latents.
 
-    Its latents are not scaled: scale_factor is the diffusion model's affair (`LatentDiffusion.encode_image`).
+    Its latents are not scaled: scale_factor is the diffusion model's affair
+    (`LatentDiffusion.encode_image`).
     """
 
     def __init__(self, c: VAEConfig):
@@ -433,34 +475,44 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z [B, 4, h, w], not scaled -> image [B, 3, 8h, 8w], in [−1, 1] but for small overshoots."""
+        """z [B, 4, h, w], not scaled -> image [B, 3, 8h, 8w], in [−1, 1] but for small
+        overshoots."""
         return self.decoder(self.post_quant_conv(z))
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """z = mean + σ · noise, σ = exp(½ logvar): the "reparametrisation trick", through which gradients flow."""
+    """z = mean + σ · noise, σ = exp(½ logvar): the "reparametrisation trick", through which
+    gradients flow."""
     return mean + torch.exp(0.5 * logvar) * noise
 
 
 def vae_loss(vae: VAE, image: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
-    """|x̂ − x| + (x̂ − x)² of the reconstruction x̂ + kl_weight · KL(N(mean, σ²) || N(0, 1)), each a mean over its numbers.
+    """|x̂ − x| + (x̂ − x)² of the reconstruction x̂ + kl_weight · KL(N(mean, σ²) || N(0, 1)), each
+    a mean over its numbers.
 
-    The absolute error wants sharp edges but pulls a doubtful pixel to the likeliest value alone, and may leave a small
-    thing out for long; the squared error pulls by as much as it is wrong. Together they learn faster than either.
-    The KL term (½(mean² + σ² − 1 − log σ²), Kingma & Welling, appendix B) keeps the latents near 0 and a little noisy:
-    without it they may grow without bound, and pictures that look alike may lie far apart. It is kept tiny.
+    The absolute error wants sharp edges but pulls a doubtful pixel to the likeliest value alone,
+    and may leave a small thing out for long; the squared error pulls by as much as it is wrong.
+    Together they learn faster than either. The KL term (½(mean² + σ² − 1 − log σ²), Kingma &
+    Welling, appendix B) keeps the latents near 0 and a little noisy: without it they may grow
+    without bound, and pictures that look alike may lie far apart. It is kept tiny.
     """
     mean, logvar = vae.encode(image)
     reconstruction = vae.decode(sample_posterior(mean, logvar, noise))
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
-    return F.l1_loss(reconstruction, image) + F.mse_loss(reconstruction, image) + kl_weight * kl.mean()
+    error = reconstruction - image
+    return error.abs().mean() + error.square().mean() + kl_weight * kl.mean()
 
 
 # %% 5. Text
-# ----------------------------------------------------------------------------------------------------------------------
-# A prompt becomes vectors in two steps. The tokenizer cuts it into pieces that occur often (byte pair encoding, Sennrich
-# et al. 2016, arXiv:1508.07909) and numbers them; the text encoder, CLIP's transformer (Radford et al. 2021,
-# arXiv:2103.00020), turns each number into a vector that knows the words before it. All L vectors go to the U-Net.
+# --------------------------------------------------------------------------------------------------
+# A prompt becomes vectors in two steps. The tokenizer cuts it into pieces that occur often (byte
+# pair encoding, Sennrich et al. 2016, arXiv:1508.07909) and numbers them; the text encoder, CLIP's
+# transformer (Radford et al. 2021, arXiv:2103.00020), turns each number into a vector that knows
+# the words before it. All L vectors go to the U-Net:
+#
+#     "A red ring"  ->  BOS  a  red  ring  EOS  EOS ...  ->  ids [B, L]  ->  context [B, L, D]
+#
+# A new model learns its own small vocabulary from its captions; an official one brings CLIP's.
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -468,8 +520,9 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 class Tokenizer:
     """Prompts to ids, [B, L]: BOS, up to L−2 pieces, EOS, and then more EOS as padding.
 
-    Careful: Stable Diffusion 1.x pads with EOS and lets the network attend to the padding; OpenAI's own CLIP pads with 0.
-    `backend` is a tokenizer of the `tokenizers` library; CLIP's and that of a new model differ in nothing but their tables.
+    Careful: Stable Diffusion 1.x pads with EOS and lets the network attend to the padding; OpenAI's
+    own CLIP pads with 0. `backend` is a tokenizer of the `tokenizers` library; CLIP's and that of a
+    new model differ in nothing but their tables.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int):
@@ -477,7 +530,8 @@ class Tokenizer:
         self.bos, self.eos = backend.token_to_id(BOS), backend.token_to_id(EOS)
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """["a prompt", ...] -> LongTensor [B, L]. What does not fit is cut off, and a line on stderr shows it."""
+        """["a prompt", ...] -> LongTensor [B, L]. What does not fit is cut off, and a line on
+        stderr shows it."""
         rows = []
         for prompt in prompts:
             encoding = self.backend.encode(prompt, add_special_tokens=False)
@@ -490,32 +544,45 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long)
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words of a prompt that the vocabulary does not hold whole: for a small model, those it never met."""
+        """The words of a prompt that the vocabulary does not hold whole: for a small model, those
+        it never met."""
         words = re.findall(r"[^\W\d_]+", prompt)
         return [w for w in words if len(self.backend.encode(w, add_special_tokens=False).ids) > 1
                 or self.backend.encode(w, add_special_tokens=False).ids == [self.eos]]
 
     @staticmethod
     def train(captions: list[str], vocab_size: int, max_length: int) -> "Tokenizer":
-        """A new tokenizer by CLIP's recipe (lower case, words split from punctuation, byte pairs, an end-of-word mark)
-        whose merges are learned from `captions`."""
-        from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
-        backend = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        """A new tokenizer by CLIP's recipe (lower case, words split from punctuation, byte pairs,
+        an end-of-word mark) whose merges are learned from `captions`."""
+        backend = clip_backend({}, [])
         backend.train_from_iterator(captions, trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[BOS, EOS], end_of_word_suffix="</w>", show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        # The trainer numbers single characters in random order; sorted, the same captions give the same tokenizer.
+            vocab_size=vocab_size, special_tokens=[BOS, EOS], end_of_word_suffix="</w>",
+            show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        # The trainer numbers single characters in random order; sorted, the same captions give the
+        # same tokenizer.
         merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
         merged = ["".join(pair) for pair in merges]
         characters = sorted(backend.get_vocab().keys() - {BOS, EOS, *merged})
-        vocab = {token: i for i, token in enumerate(dict.fromkeys([BOS, EOS, *characters, *merged]))}
-        backend.model = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=EOS)
-        return Tokenizer(backend, max_length)
+        tokens = dict.fromkeys([BOS, EOS, *characters, *merged])
+        vocab = {token: i for i, token in enumerate(tokens)}
+        return Tokenizer(clip_backend(vocab, merges), max_length)
+
+
+def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's recipe with these tables: lower case, words split from punctuation, each digit alone;
+    inside a word, pairs are merged in the order of `merges`; "</w>" marks the end of a word."""
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=EOS))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    if vocab:
+        # As in CLIP's own file: BOS is found in a prompt after lower-casing, EOS before.
+        backend.add_special_tokens([tokenizers.AddedToken(BOS, normalized=True), EOS])
+    return backend
 
 
 def shortened(text: str, width: int = 60) -> str:
@@ -524,7 +591,8 @@ def shortened(text: str, width: int = 60) -> str:
 
 
 class TextLayer(nn.Module):
-    """One layer of CLIP's transformer: x + attention(norm(x)), then x + mlp(norm(x)).  x [B, L, D]."""
+    """One layer of CLIP's transformer: x + attention(norm(x)), then x + mlp(norm(x)).  x [B, L,
+    D]."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -536,11 +604,13 @@ class TextLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
         h = self.fc1(self.norm2(x))
-        return x + self.fc2(h * torch.sigmoid(1.702 * h))   # careful, "quick GELU": CLIP was trained with this one
+        # Careful, "quick GELU": CLIP was trained with this one
+        return x + self.fc2(h * torch.sigmoid(1.702 * h))
 
 
 class TextEncoder(nn.Module):
-    """ids [B, L] -> context [B, L, D]: the last layer's output after the final norm, all positions, padding included."""
+    """ids [B, L] -> context [B, L, D]: the last layer's output after the final norm, all positions,
+    padding included."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -557,25 +627,36 @@ class TextEncoder(nn.Module):
 
 
 # %% 6. U-Net
-# ----------------------------------------------------------------------------------------------------------------------
-# The network that sees noisy latents and guesses the noise (or v). On the way down it halves the resolution, and sees
-# more and more of the picture at once; on the way up it doubles it again, and at each step is handed what it had seen at
-# that resolution on the way down (the "skips"). Two things steer it: the timestep, added in each ResBlock, and the
-# prompt, which each position of the picture looks up by cross-attention.
+# --------------------------------------------------------------------------------------------------
+# The network that sees noisy latents and guesses the noise (or v). On the way down it halves the
+# resolution, and sees more and more of the picture at once; on the way up it doubles it again, and
+# at each step is handed what it had seen at that resolution on the way down (the "skips"). Two
+# things steer it: the timestep, added in each ResBlock, and the prompt, which each position of the
+# picture looks up by cross-attention (each position asks, the words answer). One level of SD 1.x on
+# the way down, with the shapes for 64 x 64 latents; there are four, 320, 640, 1280, 1280 wide:
+#
+#     [B, 320, 64, 64] -> ResBlock, SpatialTransformer, twice -> Downsample -> [B, 320, 32, 32]
+#
+# The architecture is that of Ronneberger et al. 2015 (arXiv:1505.04597), with attention as in Ho et
+# al. 2020 and, for the words, in Rombach et al. 2022.
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """t [B], int or float -> [B, dim]: cosines and sines of t at frequencies from 1 down to 1/10000.
+    """t [B], int or float -> [B, dim]: cosines and sines of t at frequencies from 1 down to
+    1/10000.
 
-    Careful, [cos, sin] in this order; the transformer's positions have [sin, cos] (CompVis util.py:161).
+    Careful, [cos, sin] in this order; the transformer's positions have [sin, cos] (CompVis
+    util.py:161).
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    steps = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    freqs = torch.exp(-math.log(10000) * steps)
     angles = t.float()[:, None] * freqs
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020, arXiv:2002.05202): value · gelu(gate), with the exact GELU (erf, not tanh)."""
+    """GEGLU (Shazeer 2020, arXiv:2002.05202): value · gelu(gate), with the exact GELU (erf, not
+    tanh)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -587,9 +668,11 @@ class FeedForward(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Every position looks at every other (self-attention), then at the words (cross-attention), then thinks.
+    """Every position looks at every other (self-attention), then at the words (cross-attention),
+    then thinks.
 
-    x [B, C, h, w], context [B, L, D] -> like x. The norm before has eps 1e-6 here (CompVis attention.py:76).
+    x [B, C, h, w], context [B, L, D] -> like x. The norm before has eps 1e-6 here (CompVis
+    attention.py:76).
     """
 
     def __init__(self, channels: int, num_heads: int, context_dim: int, groups: int):
@@ -623,7 +706,8 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B, C, h, w] noisy latents, t [B] timesteps, context [B, L, D] -> the network's guess [B, 4, h, w]."""
+    """x [B, C, h, w] noisy latents, t [B] timesteps, context [B, L, D] -> the network's guess [B,
+    4, h, w]."""
 
     def __init__(self, c: UNetConfig, context_dim: int):
         super().__init__()
@@ -631,13 +715,16 @@ class UNet(nn.Module):
 
         def block(i: int, o: int, attention: bool) -> UNetBlock:
             heads = o // c.head_dim if c.head_dim else c.num_heads
-            return UNetBlock(ResBlock(i, o, c.norm_groups, 1e-5, emb_dim),
-                             SpatialTransformer(o, heads, context_dim, c.norm_groups) if attention else None)
+            res, transformer = ResBlock(i, o, c.norm_groups, 1e-5, emb_dim), None
+            if attention:
+                transformer = SpatialTransformer(o, heads, context_dim, c.norm_groups)
+            return UNetBlock(res, transformer)
 
         self.channels = c.channels
         self.time1, self.time2 = nn.Linear(c.channels, emb_dim), nn.Linear(emb_dim, emb_dim)
         self.conv_in = nn.Conv2d(c.in_channels, c.channels, 3, padding=1)
-        self.down, self.up, channels, skips = nn.ModuleList(), nn.ModuleList(), c.channels, [c.channels]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        channels, skips = c.channels, [c.channels]       # skips: the widths handed to the way up
         for level, mult in enumerate(c.channel_mult):
             blocks, last = [], level == len(c.channel_mult) - 1
             for _ in range(c.num_res_blocks):
@@ -660,7 +747,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         emb = self.time2(F.silu(self.time1(timestep_embedding(t, self.channels).to(x.dtype))))
         h = self.conv_in(x)
-        skips = [h]                                     # every output on the way down, conv_in and Downsamples included
+        # Every output on the way down, conv_in and Downsamples included
+        skips = [h]
         for level in self.down:
             for block in level.blocks:
                 h = block(h, emb, context)
@@ -678,17 +766,20 @@ class UNet(nn.Module):
 
 
 # %% 7. Samplers
-# ----------------------------------------------------------------------------------------------------------------------
-# A sampler walks from noise to a picture. All have one signature:
+# --------------------------------------------------------------------------------------------------
+# A sampler walks from noise to a picture. One network call tells in which direction the noise lies;
+# a sampler decides how far to follow it before it asks again. All have one signature:
 #
 #     predict_eps    (x, t) -> ε: the network, with guidance already in it
 #     x              [B, 4, h, w], the latents at the first timestep used; float32
 #     alphas_cumprod float64 [T], from `make_alphas_cumprod`
-#     steps          S; start skips the first so many of them (image to image begins in the middle)
-#     noise          () -> fresh standard normal noise like x; called once for each step that uses noise
+#     steps          S
+#     noise          () -> fresh standard normal noise like x; called once in each step that uses it
 #     eta            how much fresh noise a step adds, where the sampler leaves that open
+#     start          the first so many of the S steps are left out (to begin from a noisy picture)
 #
-# and yield a `Step` for each step done. They go on from `step.x`, so whoever iterates may look at it, or change it.
+# and yields a `Step` for each step done. It goes on from `step.x`, so whoever iterates may look at
+# it, or change it.
 
 @dataclass
 class Step:
@@ -702,30 +793,36 @@ class Step:
 def leading_timesteps(steps: int, num_timesteps: int) -> list[int]:
     """S timesteps, falling, "leading" spacing with offset 1: for S = 50, 981, 961 ... 21, 1.
 
-    As diffusers has it, and the original code wherever S divides 1000 (elsewhere that gives more or fewer steps than asked,
-    or runs off the table). Only S = 1000 would reach past the end, to t = 1000: there the first step stays at 999.
+    As diffusers has it, and the original code wherever S divides 1000 (elsewhere that gives more or
+    fewer steps than asked, or runs off the table). S = 1000 alone would reach past the end, to
+    t = 1000: there the first step stays at 999.
     """
     stride = num_timesteps // steps
     return [min(i * stride + 1, num_timesteps - 1) for i in reversed(range(steps))]
 
 
 def timestep_pairs(steps: int, alphas_cumprod: Tensor) -> list[tuple[int, float, float]]:
-    """(t, ᾱₜ, ᾱ of the timestep after it) for each step. Careful, the last step goes to ᾱ₀ = 0.99915, not to 1."""
-    ts = leading_timesteps(steps, len(alphas_cumprod))
-    return [(t, alphas_cumprod[t].item(), alphas_cumprod[u].item()) for t, u in zip(ts, ts[1:] + [0])]
+    """(t, ᾱₜ, ᾱ of the timestep after it) for each step.
+
+    Careful, the last step goes to ᾱ₀ = 0.99915, not to 1 (CompVis ddim.py, "set_alpha_to_one" off).
+    """
+    ts, a = leading_timesteps(steps, len(alphas_cumprod)), alphas_cumprod.tolist()
+    return [(t, a[t], a[s]) for t, s in zip(ts, ts[1:] + [0])]
 
 
-def ddpm(predict_eps: Callable, x: Tensor, alphas_cumprod: Tensor, steps: int, noise: Callable, eta: float = 0.0,
-         start: int = 0) -> Iterator[Step]:
-    """Denoising diffusion probabilistic models (Ho et al. 2020, arXiv:2006.11239): the chain that training assumes.
+def ddpm(predict_eps, x, alphas_cumprod, steps, noise, eta=0.0, start=0) -> Iterator[Step]:
+    """Denoising diffusion probabilistic models (Ho et al. 2020, arXiv:2006.11239): the chain that
+    training assumes.
 
-    Between timesteps t and s < t lies one noising step, with variance β = 1 − ᾱₜ/ᾱₛ. Given x₀ its inverse is a Gaussian
-    whose mean lies between x₀ and xₜ (equations 6 and 7). With S = T this is the paper's algorithm 2. eta is not used.
+    Between timesteps t and s < t lies one noising step, with variance β = 1 − ᾱₜ/ᾱₛ. Given x₀, its
+    inverse is a Gaussian whose mean lies between x₀ and xₜ (equations 6 and 7). With S = T this is
+    the paper's algorithm 2. eta is not used.
     """
     for i, (t, a_t, a_s) in list(enumerate(timestep_pairs(steps, alphas_cumprod)))[start:]:
         eps = predict_eps(x, t)
         x0 = x0_from_eps(x, eps, a_t)
         beta = 1 - a_t / a_s
+        # μ = √ᾱₛ β / (1−ᾱₜ) x₀ + √(ᾱₜ/ᾱₛ) (1−ᾱₛ) / (1−ᾱₜ) xₜ
         mean = a_s**0.5 * beta / (1 - a_t) * x0 + (a_t / a_s) ** 0.5 * (1 - a_s) / (1 - a_t) * x
         variance = (1 - a_s) / (1 - a_t) * beta
         step = Step(i, t, mean + variance**0.5 * noise(), eps, x0)
@@ -733,18 +830,19 @@ def ddpm(predict_eps: Callable, x: Tensor, alphas_cumprod: Tensor, steps: int, n
         x = step.x
 
 
-def ddim(predict_eps: Callable, x: Tensor, alphas_cumprod: Tensor, steps: int, noise: Callable, eta: float = 0.0,
-         start: int = 0) -> Iterator[Step]:
+def ddim(predict_eps, x, alphas_cumprod, steps, noise, eta=0.0, start=0) -> Iterator[Step]:
     """Denoising diffusion implicit models (Song et al. 2020, arXiv:2010.02502, equation 12).
 
-    Go to the guess of x₀, and from there back to the next noise level along the same ε. With eta = 0 nothing random is
-    left: the same noise gives the same picture, and 50 steps are enough. eta = 1 is DDPM.
+    Go to the guess of x₀, and from there back to the next noise level along the same ε. With
+    eta = 0 nothing random is left: the same noise gives the same picture, and 50 steps are enough.
+    eta = 1 is DDPM.
     """
     for i, (t, a_t, a_s) in list(enumerate(timestep_pairs(steps, alphas_cumprod)))[start:]:
         eps = predict_eps(x, t)
         x0 = x0_from_eps(x, eps, a_t)
         sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
-        next_x = a_s**0.5 * x0 + (1 - a_s - sigma**2) ** 0.5 * eps        # the x₀ part, and the direction to xₜ
+        # xₛ = √ᾱₛ x₀ + √(1 − ᾱₛ − σ²) ε + σ noise
+        next_x = a_s**0.5 * x0 + (1 - a_s - sigma**2) ** 0.5 * eps
         step = Step(i, t, next_x + sigma * noise() if eta > 0 else next_x, eps, x0)
         yield step
         x = step.x
@@ -754,12 +852,18 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {"ddim": ddim, "ddpm": ddpm
 
 
 # %% 8. LatentDiffusion
-# ----------------------------------------------------------------------------------------------------------------------
-# The four parts together, and the two things one does with them: `denoise`, which yields every step of the walk, and
-# `generate`, which returns pictures. The weights file is one .safetensors: the tensors named as in the classes above, and
-# in its header the config and the tokenizer, so that the file is the whole model.
+# --------------------------------------------------------------------------------------------------
+# The four parts together, and the two things one does with them: `denoise`, which yields every step
+# of the walk, and `generate`, which returns pictures. Guidance, which makes the picture follow the
+# prompt, lives here too: the network is asked twice, with the prompt and without, and the
+# difference between the answers, which is what the prompt says, is enlarged.
+#
+# The weights file is one .safetensors: the tensors named as in the classes above, and in its header
+# the config and the tokenizer, so that the file is the whole model. Below the class stands what
+# meets the outside world: files, settings, devices. Whatever is wrong there is said in one line.
 
 BUILT_IN = Path(__file__).parent / "weights" / "shapes.safetensors"
+Prompt = str | list[str] | Tensor                    # one, several, or context [n, L, D]
 
 
 class LatentDiffusion(nn.Module):
@@ -771,7 +875,7 @@ class LatentDiffusion(nn.Module):
         self.text_encoder = TextEncoder(config.text)
         self.unet = UNet(config.unet, config.text.width)
         self.vae = VAE(config.vae)
-        self.alphas_cumprod = make_alphas_cumprod(config.schedule)         # no buffer: stays float64 on the CPU
+        self.alphas_cumprod = make_alphas_cumprod(config.schedule)    # stays float64 on the CPU
 
     @property
     def device(self) -> torch.device:
@@ -782,34 +886,38 @@ class LatentDiffusion(nn.Module):
         return self.unet.conv_in.weight.dtype
 
     @staticmethod
-    def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtype | None = None) -> "LatentDiffusion":
-        """A model from a weights file; the built-in one without a path. In eval mode, without gradients.
+    def load(path: str | Path | None = None, device: str = "auto",
+             dtype: torch.dtype | None = None) -> "LatentDiffusion":
+        """A model from a weights file; the built-in one without a path. In eval mode, no gradients.
 
-        device: "auto" takes CUDA, then Apple's MPS, then the CPU. dtype: float32 if None, whatever the file holds.
-        Raises InputError if the file is missing, damaged, of another format, or lacks tensors.
+        device: "auto" takes CUDA, then Apple's MPS, then the CPU. dtype: float32 if None, whatever
+        the file holds. Raises InputError if the file is missing, damaged, or of another format.
         """
-        path = Path(path or BUILT_IN)
-        device, dtype = pick_device(device), dtype or torch.float32
+        path, device, dtype = Path(path or BUILT_IN), pick_device(device), dtype or torch.float32
         keep_freed_memory()
         config, tokenizer, tensors = read_weights(path, device)
-        with torch.device("meta"):                  # builds the networks without memory and without random numbers
+        with torch.device("meta"):      # builds the networks without memory and random numbers
             ldm = LatentDiffusion(config, tokenizer)
-        wanted = {name: p.shape for name, p in ldm.named_parameters()}
-        for what, names in (("lacks", wanted.keys() - tensors.keys()), ("has unexpected", tensors.keys() - wanted.keys()),
-                            ("has the wrong shape for", {n for n in wanted.keys() & tensors.keys()
-                                                         if tensors[n].shape != wanted[n]}),
-                            ("holds no floating-point numbers in", {n for n in tensors if not tensors[n].is_floating_point()})):
+        want = {name: p.shape for name, p in ldm.named_parameters()}
+        both = want.keys() & tensors.keys()
+        for problem, names in (
+                ("lacks", want.keys() - both), ("has unexpected", tensors.keys() - both),
+                ("has the wrong shape for", [n for n in both if tensors[n].shape != want[n]]),
+                ("has no floating-point numbers in",
+                 [n for n in both if not tensors[n].is_floating_point()])):
             if names:
-                raise InputError(f"{path} {what} {len(names)} of {len(wanted)} tensors: {', '.join(sorted(names)[:3])}"
-                                 f"{' ...' if len(names) > 3 else ''}; get or train the file anew")
+                raise InputError(f"{path} {problem} {len(names)} of {len(want)} tensors: "
+                                 f"{', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}"
+                                 "; get or train the file anew")
         ldm.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, assign=True)
         return ldm.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the whole model as one .safetensors (in dtype, if given): beside `path` first, then renamed."""
+        """Writes the model as one .safetensors, in dtype if one is given."""
         metadata = {"format": "tiny_ldm", "config": json.dumps(asdict(self.config)),
                     "tokenizer": self.tokenizer.backend.to_str()}
-        tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in self.state_dict().items()}
+        tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous()
+                   for name, t in self.state_dict().items()}
         write_whole(path, lambda file: save_file(tensors, file, metadata))
 
     @torch.no_grad()
@@ -820,143 +928,173 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """image [B, 3, H, W] in [−1, 1] -> scaled latents [B, 4, H/8, W/8]: the mean, or with a generator a sample.
+        """image [B, 3, H, W] in [−1, 1] -> scaled latents [B, 4, H/8, W/8]: the mean, or with a
+        generator a sample.
 
         Careful, the order: first sample, then multiply by scale_factor (CompVis ddpm.py:549).
         """
         mean, logvar = self.vae.encode(image.to(self.device, self.dtype))
         if generator is not None:
-            mean = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=generator).to(mean))
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            mean = sample_posterior(mean, logvar, noise)
         return self.config.scale_factor * mean
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """latents [B, 4, h, w], scaled -> image [B, 3, 8h, 8w], within [−1, 1], float32. `latents` are left as they are."""
-        image = self.vae.decode((latents / self.config.scale_factor).to(self.device, self.dtype)).float()
+        """latents [B, 4, h, w], scaled -> image [B, 3, 8h, 8w], within [−1, 1], float32."""
+        z = (latents / self.config.scale_factor).to(self.device, self.dtype)
+        image = self.vae.decode(z).float()
         if not image.isfinite().all():
-            raise InputError(f"the decoded picture holds values that are not finite in {self.dtype}; use float32")
+            raise InputError(f"the decoded picture is not finite in {self.dtype}; use float32")
         return image.clamp(-1, 1)
 
-    def _contexts(self, prompt: str | list[str] | Tensor, batch_size: int, count: int | None = None) -> Tensor:
-        """prompt as context [B, L, D], each repeated batch_size times; or one prompt for all `count` pictures."""
-        context = prompt.to(self.device, self.dtype) if isinstance(prompt, Tensor) else self.encode_text(prompt)
-        context = context.repeat_interleave(batch_size, dim=0) if count is None or len(context) > 1 else context
-        if count is not None and len(context) not in (1, count):
-            raise InputError(f"{len(context)} negative prompts for {count} pictures: give one, or one for each prompt")
-        return context if count is None else context.expand(count, -1, -1)
+    def _context(self, prompt: Prompt) -> Tensor:
+        """prompt as context [n, L, D]."""
+        if isinstance(prompt, Tensor):
+            return prompt.to(self.device, self.dtype)
+        return self.encode_text(prompt)
 
-    def denoise(self, prompt: str | list[str] | Tensor, negative_prompt: str | list[str] | Tensor = "", *, steps: int = 50,
-                sampler: str = "ddim", guidance_scale: float = 7.5, eta: float = 0.0, seed: int = 0, batch_size: int = 1,
-                width: int | None = None, height: int | None = None, latents: Tensor | None = None) -> Iterator[Step]:
-        """Makes pictures and yields every step on the way; `decode_latents(step.x)` shows the picture so far.
+    def denoise(self, prompt: Prompt, negative_prompt: Prompt = "", *, steps: int = 50,
+                sampler: str = "ddim", guidance_scale: float = 7.5, eta: float = 0.0, seed: int = 0,
+                batch_size: int = 1, width: int | None = None, height: int | None = None,
+                latents: Tensor | None = None) -> Iterator[Step]:
+        """Makes pictures and yields every step of it; `decode_latents(step.x)` shows the picture so
+        far.
 
-        prompt: a string, a list, or a context tensor [n, L, D]; each is used batch_size times. Picture i draws all its
-        noise from its own generator, seeded with seed + i, on the CPU and in float32, so it is the same picture alone or
-        in a batch, on every device. latents: what to start from, [B, 4, h, w], in place of noise.
-        Raises InputError for an unknown sampler, steps outside 1 ... 1000, or a size that is no multiple of the stride.
+        prompt: a string, a list, or a context tensor [n, L, D]; each is used batch_size times.
+        Picture i draws all its noise from its own generator, seeded with seed + i, on the CPU and
+        in float32, so it is the same picture alone or in a batch, on every device. negative_prompt:
+        one for all, or one for each prompt. latents: what to start from, in place of noise,
+        [B, 4, h, w]. Raises InputError for an unknown sampler, steps outside 1 ... 1000, or a size
+        that is no multiple of the model's stride.
         """
         c = self.config
         check_settings(c, sampler, steps, width, height, seed, batch_size, guidance_scale, eta)
-        context = self._contexts(prompt, batch_size)
+        context = self._context(prompt).repeat_interleave(batch_size, dim=0)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(context))]
-        shape = (1, c.vae.latent_channels, (height or c.image_size) // c.latent_stride,
-                 (width or c.image_size) // c.latent_stride)
-        if latents is not None:
-            shape = (1, *latents.shape[1:])
-        noise = lambda: torch.cat([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+        size = [(side or c.image_size) // c.latent_stride for side in (height, width)]
+        shape = (1, c.vae.latent_channels, *size) if latents is None else (1, *latents.shape[1:])
+        noise = lambda: torch.cat([torch.randn(shape, generator=g) for g in generators]).to(
+            self.device)
         x = noise() if latents is None else latents.to(self.device, torch.float32)
-        guided = guidance_scale != 1.0              # at scale 1 the empty prompt has no say, and the work is halved
+        guided = guidance_scale != 1.0        # at scale 1 the empty prompt has no say
         if guided:
-            context = torch.cat([self._contexts(negative_prompt, batch_size, len(context)), context])
-        predict_eps = lambda x, t: self._guided_eps(x, t, context, guidance_scale if guided else None)
+            negative = self._context(negative_prompt)
+            if len(negative) > 1:
+                negative = negative.repeat_interleave(batch_size, dim=0)
+            if len(negative) not in (1, len(context)):
+                raise InputError(f"{len(negative)} negative prompts for {len(context)} pictures: "
+                                 "give one, or one for each prompt")
+            context = torch.cat([negative.expand_as(context), context])
+        scale = guidance_scale if guided else None
+        predict_eps = lambda x, t: self._guided_eps(x, t, context, scale)
         return self._walk(SAMPLERS[sampler](predict_eps, x, self.alphas_cumprod, steps, noise, eta))
 
     @torch.no_grad()
     def _guided_eps(self, x: Tensor, t: int, context: Tensor, scale: float | None) -> Tensor:
-        """The network's ε for x [B, 4, h, w] at timestep t. With a scale, context holds the negative prompts' half and
-        then the prompts': ε = ε₀ + s (ε₁ − ε₀), away from the first (Ho & Salimans 2022, arXiv:2207.12598)."""
+        """The network's ε for x [B, 4, h, w] at timestep t, with classifier-free guidance.
+
+        With a scale s, context holds the negative prompts and then the prompts, and the guess goes
+        from the one through the other: ε = ε₀ + s (ε₁ − ε₀) (Ho & Salimans 2022, arXiv:2207.12598).
+        """
         inputs = (x if scale is None else torch.cat([x, x])).to(self.dtype)
-        out = self.unet(inputs, torch.full((len(inputs),), t, device=self.device), context).float()
+        times = torch.full((len(inputs),), t, device=self.device)
+        out = self.unet(inputs, times, context).float()
         if scale is not None:
             without, with_prompt = out.chunk(2)
             out = without + scale * (with_prompt - without)
-        return out if self.config.prediction == "eps" else eps_from_v(x, out, self.alphas_cumprod[t].item())
+        if self.config.prediction == "eps":
+            return out
+        return eps_from_v(x, out, self.alphas_cumprod[t].item())
 
     @torch.no_grad()
     def _walk(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The steps of a sampler, each checked to be finite."""
         for step in steps:
             if not step.x.isfinite().all():
-                raise InputError(f"step {step.index} gave values that are not finite in {self.dtype}; use float32")
+                raise InputError(f"step {step.index} is not finite in {self.dtype}; use float32")
             yield step
 
-    def generate(self, prompt: str | list[str] | Tensor, negative_prompt: str | list[str] | Tensor = "", *,
-                 progress: bool = True, **settings) -> list[Image.Image]:
-        """The pictures, as PIL images. `settings` are those of `denoise`; progress: a tqdm bar on stderr."""
-        walk = self.denoise(prompt, negative_prompt, **settings)
-        for step in tqdm(walk, total=settings.get("steps", 50), disable=not progress, desc="denoising", unit="step"):
+    def generate(self, prompt: Prompt, negative_prompt: Prompt = "", *, progress: bool = True,
+                 **settings) -> list[Image.Image]:
+        """The pictures, as PIL images. `settings`: `denoise` has them; progress: a bar."""
+        walk, total = self.denoise(prompt, negative_prompt, **settings), settings.get("steps", 50)
+        for step in tqdm(walk, "denoising", total, disable=not progress, unit="step"):
             pass
         return to_pil(self.decode_latents(step.x))
 
 
 def read_weights(path: Path, device: torch.device) -> tuple[Config, Tokenizer, dict[str, Tensor]]:
-    """What a weights file holds, its tensors mapped rather than read where the device allows. Raises InputError."""
+    """What a weights file holds, its tensors mapped rather than read. Raises InputError."""
     if not path.is_file():
-        raise InputError(f"no weights file at {path}; check the path, or leave it out for the built-in model")
+        raise InputError(f"no weights file at {path}; check the path, or leave it out for the "
+                         "built-in model")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata, names = file.metadata() or {}, list(file.keys())
             if any(n.startswith(("model.diffusion_model.", "cond_stage_model.")) for n in names):
-                raise InputError(f"{path} is an official checkpoint; convert it first: python weights_convert.py {path}")
+                raise InputError(f"{path} is an official checkpoint; convert it first: "
+                                 f"python weights_convert.py {path}")
             if metadata.get("format") != "tiny_ldm":
-                raise InputError(f"{path} is no tiny_ldm weights file (its format is {metadata.get('format')!r}); "
-                                 "make one with --train, or with weights_convert.py from Stable Diffusion")
+                raise InputError(f"{path} is no tiny_ldm weights file (its format: "
+                                 f"{metadata.get('format')!r}); make one with --train, or from "
+                                 "Stable Diffusion with weights_convert.py")
             tensors = {name: file.get_tensor(name) for name in names}
-        config = Config.from_dict(json.loads(metadata["config"]))
-        return config, Tokenizer(tokenizers.Tokenizer.from_str(metadata["tokenizer"]), config.text.max_length), tensors
+        return *parse_header(metadata), tensors
     except SafetensorError as e:
         hint = "; a .ckpt is converted by weights_convert.py" if path.suffix == ".ckpt" else ""
-        raise InputError(f"{path} is no whole .safetensors file ({shortened(str(e))}); get it again{hint}") from None
+        raise InputError(f"{path} is no whole .safetensors file ({shortened(str(e))}); get it "
+                         f"again{hint}") from None
     except InputError:
         raise
-    except Exception as e:     # the header is JSON from outside: whatever is wrong in it, the file is
-        raise InputError(f"{path} has a damaged header ({type(e).__name__}: {shortened(str(e))}); get the file again") from None
+    except Exception as e:     # the header comes from outside: whatever is wrong, the file is
+        raise InputError(f"{path} has a damaged header ({type(e).__name__}: {shortened(str(e))}); "
+                         "get the file again") from None
 
 
-def check_settings(c: Config, sampler: str, steps: int, width: int | None, height: int | None, seed: int, batch_size: int,
-                   guidance_scale: float, eta: float) -> None:
+def parse_header(header: dict[str, str]) -> tuple[Config, Tokenizer]:
+    """The config and tokenizer in the header of a weights file, or in a training checkpoint."""
+    config = Config.from_dict(json.loads(header["config"]))
+    backend = tokenizers.Tokenizer.from_str(header["tokenizer"])
+    return config, Tokenizer(backend, config.text.max_length)
+
+
+def check_settings(c: Config, sampler: str, steps: int, width: int | None, height: int | None,
+                   seed: int, batch_size: int, guidance_scale: float, eta: float) -> None:
     """Raises InputError for what no picture can be made from."""
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}; there are: {', '.join(sorted(SAMPLERS))}")
-    if not 1 <= steps <= c.schedule.num_timesteps:
-        raise InputError(f"steps must be from 1 to {c.schedule.num_timesteps}, not {steps}")
     for name, n in (("width", width), ("height", height)):
         if n is not None and (n <= 0 or n % c.stride):
-            near = sorted({max(c.stride, n // c.stride * c.stride), max(c.stride, -(-n // c.stride) * c.stride)})
-            raise InputError(f"{name} {n} is not a multiple of {c.stride}; the nearest: {' or '.join(map(str, near))}")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"the seed must be from 0 to 2^63 - 1, not {seed}")
-    if batch_size < 1:
-        raise InputError(f"the number of pictures must be at least 1, not {batch_size}")
-    if not math.isfinite(guidance_scale):
-        raise InputError(f"guidance_scale must be a finite number, not {guidance_scale}")
-    if not 0.0 <= eta <= 1.0:
-        raise InputError(f"eta must be from 0 to 1, not {eta}")
+            below = max(c.stride, n // c.stride * c.stride)
+            near = f"{below} or {below + c.stride}" if n > below else f"{below}"
+            raise InputError(f"{name} {n} is not a multiple of {c.stride}; the nearest: {near}")
+    for name, value, low, high in (
+            ("steps", steps, 1, c.schedule.num_timesteps), ("seed", seed, 0, 2**63 - 1),
+            ("batch_size", batch_size, 1, 2**16), ("eta", eta, 0, 1),
+            ("guidance_scale", guidance_scale, -1000, 1000)):
+        if not low <= value <= high:          # "not a number" is not within anything, either
+            raise InputError(f"{name} must be from {low} to {high}, not {value}")
 
 
 def pick_device(name: str) -> torch.device:
     """"auto", "cpu", "cuda" or "mps" -> a device that is there. Raises InputError."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = [d for d, is_there in (("cuda", torch.cuda.is_available()),
+                                   ("mps", torch.backends.mps.is_available()), ("cpu", True))
+             if is_there]
     if name == "auto":
-        return torch.device(next(d for d in ("cuda", "mps", "cpu") if there[d]))
-    if not there.get(str(name).split(":")[0], False):
-        raise InputError(f"there is no device {name!r} here; there is: {', '.join(d for d in there if there[d])}")
+        return torch.device(there[0])
+    if str(name).split(":")[0] not in there:
+        raise InputError(f"there is no device {name!r} here; there is: {', '.join(there)}")
     return torch.device(name)
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep large freed buffers: it gives them back to the kernel by default, and each layer's output then
-    costs thousands of page faults. No other C library needs this; where the call is missing, nothing happens."""
+    """Tells glibc to keep large freed buffers.
+
+    By default it gives them back to the kernel, and each layer's output then costs thousands of
+    page faults. No other C library needs this; where the call is missing, nothing happens.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
@@ -966,7 +1104,8 @@ def keep_freed_memory() -> None:
 
 
 def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
-    """Calls write(name) on a name beside `path`, then renames: a file is there whole or not at all."""
+    """Calls write(name) on a name beside `path`, then renames: a file is there whole or not at
+    all."""
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
@@ -986,447 +1125,8 @@ def to_pil(image: Tensor) -> list[Image.Image]:
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
     """Pictures of one size -> [B, 3, H, W] in [−1, 1], float32."""
-    return torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-# %% 9. Shapes
-# ----------------------------------------------------------------------------------------------------------------------
-# The built-in model knows one little world: plain pictures of coloured shapes, whose caption says exactly what they show,
-# so that a program can judge every picture. The grammar:
-#
-#     caption  := scene [" on a(n) " COLOUR " background"]         (no background named: white)
-#     scene    := thing | thing RELATION thing | COUNT [SIZE] COLOUR SHAPEs
-#     thing    := "a(n) " [SIZE] COLOUR SHAPE
-
-COLOURS = {"red": (220, 30, 40), "orange": (255, 140, 0), "yellow": (250, 220, 40), "green": (30, 150, 60),
-           "blue": (30, 70, 220), "purple": (125, 40, 180), "black": (15, 15, 15), "white": (255, 255, 255)}
-SHAPE_NAMES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
-RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}    # from the first to the second
-COUNTS = {"two": 2, "three": 3}
-SIZES = {"small": (13, 16), "large": (21, 26)}       # radius in pixels of a picture 128 pixels wide
-LARGE_OF_THREE = (20, 22)
-
-
-class Thing(NamedTuple):
-    colour: str
-    shape: str
-    size: str | None = None       # "small", "large", or None: either
-
-
-class Scene(NamedTuple):
-    """What a caption says. things: one, two (with a relation), or two or three alike (relation None)."""
-    things: tuple[Thing, ...]
-    relation: str | None = None
-    background: str | None = None    # None: white, not said
-
-
-def is_held_out(thing: Thing) -> bool:
-    """Eight of the 64 (colour, shape) pairs are never trained on: what becomes of them shows that the model composes."""
-    return (list(COLOURS).index(thing.colour) + SHAPE_NAMES.index(thing.shape)) % 8 == 3
-
-
-def caption_of(scene: Scene) -> str:
-    """The scene in words, as the grammar above has it."""
-    article = lambda words: ("an " if words[0] in "aeiou" else "a ") + words
-    words = [" ".join(filter(None, (thing.size, thing.colour, thing.shape))) for thing in scene.things]
-    if len(scene.things) == 1:
-        text = article(words[0])
-    elif scene.relation:
-        text = f"{article(words[0])} {scene.relation} {article(words[1])}"
-    else:
-        text = f"{list(COUNTS)[len(words) - 2]} {words[0]}{'es' if words[0].endswith('s') else 's'}"
-    return text + (f" on {article(scene.background)} background" if scene.background else "")
-
-
-def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """A scene to train on; or, with held_out, one whose first thing is a held-out pair. One third each: one thing, two in
-    a relation, two or three alike; half of them name their background."""
-    background = rng.choice(list(COLOURS)) if rng.random() < 0.5 else None
-    colours = [c for c in COLOURS if c != (background or "white")]
-
-    def thing(held_out: bool) -> Thing:
-        while True:
-            it = Thing(rng.choice(colours), rng.choice(SHAPE_NAMES), rng.choice((None, "small", "large")))
-            if is_held_out(it) == held_out:
-                return it
-
-    kind = rng.randrange(3)
-    first = thing(held_out)
-    if kind == 0:
-        return Scene((first,), None, background)
-    if kind == 1:
-        return Scene((first, thing(False)), rng.choice(list(RELATIONS)), background)
-    return Scene((first,) * rng.choice((2, 3)), None, background)
-
-
-def place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
-    """(x, y, radius) of each thing, in pixels of a picture 128 wide: inside, apart, and as the relation says."""
-    while True:
-        spots = []
-        for thing in scene.things:
-            low, high = SIZES[thing.size or rng.choice(list(SIZES))]
-            if len(scene.things) == 3 and low == SIZES["large"][0]:
-                low, high = LARGE_OF_THREE
-            r = rng.uniform(low, high)
-            margin = 1.1 * r + 2                     # 1.1: the diamond is the tallest of the outlines below
-            spots.append((rng.uniform(margin, 128 - margin), rng.uniform(margin, 128 - margin), r))
-        pairs = [(a, b) for i, a in enumerate(spots) for b in spots[:i]]
-        if any(math.hypot(a[0] - b[0], a[1] - b[1]) < 1.2 * (a[2] + b[2]) + 2 for a, b in pairs):
-            continue
-        if scene.relation:
-            ux, uy = RELATIONS[scene.relation]
-            dx, dy = spots[1][0] - spots[0][0], spots[1][1] - spots[0][1]
-            if ux * dx + uy * dy < 1.3 * abs(uy * dx + ux * dy):     # clearly so: 1.3 times the other direction's distance
-                continue
-        return spots
-
-
-def outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a unit shape (y down, radius about 1), unrotated."""
-    turn = lambda n, i, r=1.0: (r * math.sin(2 * math.pi * i / n), -r * math.cos(2 * math.pi * i / n))   # from the top
-    if shape in ("circle", "ring"):
-        return [turn(64, i) for i in range(64)]
-    if shape == "square":
-        return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
-    if shape == "triangle":
-        return [turn(3, i) for i in range(3)]
-    if shape == "star":
-        return [turn(10, i, 1.0 if i % 2 == 0 else 0.41) for i in range(10)]
-    if shape == "heart":                             # the well-known curve x = 16 sin³ t, scaled and centred
-        ts = [2 * math.pi * i / 64 for i in range(64)]
-        return [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16
-                 - 0.1) for t in ts]
-    if shape == "diamond":
-        return [(0, -1.1), (0.78, 0), (0, 1.1), (-0.78, 0)]
-    a = 0.34                                         # cross
-    return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
-
-
-def draw(scene: Scene, spots: list[tuple[float, float, float]], size: int, oversample: int = 4) -> Image.Image:
-    """The picture, size x size, anti-aliased: drawn `oversample` times larger, then averaged down."""
-    background = COLOURS[scene.background or "white"]
-    image = Image.new("RGB", (size * oversample,) * 2, background)
-    pen, k = ImageDraw.Draw(image), size * oversample / 128
-    for thing, (x, y, r) in zip(scene.things, spots):
-        scaled = lambda f: [((x + f * r * u) * k - 0.5, (y + f * r * v) * k - 0.5) for u, v in outline(thing.shape)]
-        pen.polygon(scaled(1.0), fill=COLOURS[thing.colour])
-        if thing.shape == "ring":
-            pen.polygon(scaled(0.55), fill=background)
-    return image.reduce(oversample)
-
-
-SYNONYMS = {"left of": ("to the left of", "on the left of"), "right of": ("to the right of", "on the right of"),
-            "above": ("over", "on top of"), "below": ("under", "beneath", "underneath"), "small": ("little", "tiny"),
-            "large": ("big", "huge"), "purple": ("violet",), "a": ("", "one", "the"), "an": ("", "one", "the"),
-            "two": ("2", "a pair of"), "three": ("3",)}
-
-
-def rephrase(caption: str, rng: random.Random) -> str:
-    """The same in free words, so that the model understands people who have not read the grammar."""
-    for phrase, others in SYNONYMS.items():
-        if rng.random() < 0.5:
-            caption = re.sub(rf"\b{phrase} ", lambda _: f"{rng.choice(others)} ".lstrip(), caption)
-    return caption
-
-
-class ShapesData:
-    """Pictures of the Shapes world without end: number i is always the same picture with the same caption."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed = size, seed
-
-    def __len__(self) -> int:
-        return 2**31
-
-    def item(self, i: int) -> tuple[Image.Image, str]:
-        rng = random.Random(f"{self.seed}/{i}")
-        scene = random_scene(rng)
-        caption = caption_of(scene)
-        return draw(scene, place(scene, rng), self.size), rephrase(caption, rng) if rng.random() < 0.25 else caption
-
-
-# %% 10. Training
-# ----------------------------------------------------------------------------------------------------------------------
-# Two stages, as in the latent-diffusion paper: first the VAE alone, then the U-Net and its text encoder on the VAE's
-# latents. Everything random in step n (which pictures, which noise) is drawn from a generator seeded with n, so a run
-# that was interrupted goes on exactly as if it had not been, and the processes of one run agree without talking.
-
-class FolderData:
-    """A folder of pictures with captions: name.png|jpg|jpeg|webp beside name.txt, or a metadata.jsonl whose lines have
-    `file_name` and `text`. Number i is a picture drawn at random, so an "epoch" is of no importance."""
-
-    def __init__(self, folder: Path, size: int, seed: int):
-        self.size, self.seed = size, seed
-        if not folder.is_dir():
-            raise InputError(f"no folder {folder} to train on; give one, or the word: shapes")
-        self.items: list[tuple[Path, str]] = []
-        if (folder / "metadata.jsonl").exists():
-            for number, line in enumerate((folder / "metadata.jsonl").read_text("utf-8").splitlines(), 1):
-                try:
-                    entry = json.loads(line)
-                    self.items.append((folder / entry["file_name"], str(entry["text"])))
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{folder}/metadata.jsonl, line {number}: needs "
-                                     '{"file_name": ..., "text": ...}, has ' + shortened(line)) from None
-        else:
-            for path in sorted(folder.iterdir()):
-                if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and path.with_suffix(".txt").exists():
-                    self.items.append((path, path.with_suffix(".txt").read_text("utf-8").strip()))
-        if not self.items:
-            raise InputError(f"no captioned pictures in {folder}: it needs name.png with name.txt, or a metadata.jsonl")
-        for path, _ in self.items:                # all once at the start, not one by one hours later
-            open_image(path)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def item(self, i: int) -> tuple[Image.Image, str]:
-        path, caption = self.items[random.Random(f"{self.seed}/{i}").randrange(len(self.items))]
-        return fit_image(open_image(path), self.size, self.size), caption
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """A picture file as RGB, turned as its EXIF orientation says. Raises InputError."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"no picture at {path}; check the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path} can't be read as a picture ({shortened(str(e))}); replace or remove it") from None
-
-
-def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resized until it covers width x height, then cut to it around the middle."""
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-class Optimizer(torch.optim.Optimizer):
-    """Adam for vectors and for what touches data directly; Muon for the matrices inside (Jordan et al. 2024).
-
-    Adam (Kingma & Ba 2014, arXiv:1412.6980) scales each number by itself: m / √s, the running mean of the gradient over
-    that of its square. Muon takes a weight matrix as a whole: of the gradient's U Σ Vᵀ it keeps the directions and sets
-    all singular values to about 1, U Vᵀ, so that rare directions are learned as fast as common ones. A convolution counts
-    as a matrix [out, in·9]. On this file's VAE it reached in 2 minutes what Adam alone had not after 5.
-    """
-
-    def __init__(self, params: dict[str, nn.Parameter], lr: float = 1e-3, muon_lr: float = 0.02):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        edge = ("embedding", "conv_in", "conv_out", "quant_conv")
-        is_matrix = lambda name, p: p.ndim >= 2 and not any(e in name for e in edge)
-        groups = [dict(params=[p for n, p in params.items() if is_matrix(n, p)], base_lr=muon_lr, muon=True),
-                  dict(params=[p for n, p in params.items() if not is_matrix(n, p)], base_lr=lr, muon=False)]
-        super().__init__([g for g in groups if g["params"]], dict(lr=lr))
-
-    @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step at `factor` times the full learning rates."""
-        matrices, updates = [], []
-        for group in self.param_groups:
-            lr = group["base_lr"] * factor
-            for p in (p for p in group["params"] if p.grad is not None):
-                s = self.state[p]
-                if group["muon"]:
-                    m = s.setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.05)        # running mean of the gradient
-                    g = p.grad.lerp(m, 0.95).flatten(1)                                   # Nesterov: one step ahead
-                    mine = len(matrices) % self.world == self.rank                        # each process does its share
-                    matrices.append((p, lr * max(1.0, g.shape[0] / g.shape[1]) ** 0.5))
-                    updates.append(orthogonalized(g) if mine else torch.zeros_like(g))
-                else:
-                    n = s["n"] = s.get("n", 0) + 1
-                    m = s.setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.1)
-                    v = s.setdefault("v", torch.zeros_like(p)).lerp_(p.grad**2, 0.01)
-                    p.sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.99**n)) ** 0.5 + 1e-8))  # both means start at 0: corrected
-        average(updates, self.world)
-        for (p, lr), update in zip(matrices, updates):
-            p.sub_(lr * self.world * update.reshape(p.shape))
-
-
-def orthogonalized(g: Tensor) -> Tensor:
-    """[m, n] = U Σ Vᵀ -> about U Vᵀ, by five Newton-Schulz steps, matrix products only: each maps every singular value s to
-    a·s + b·s³ + c·s⁵, whose coefficients were chosen to push anything in (0, 1] quickly to between 0.7 and 1.2."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g / (g.norm() + 1e-7)
-    x = x.T if g.shape[0] > g.shape[1] else x
-    for _ in range(5):
-        y = x @ x.T
-        x = a * x + (b * y + c * y @ y) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
-
-
-class Trainer:
-    """Both stages of training, resumable. `train` at the end of this section runs it."""
-
-    pool_size = 16384             # encoded pictures kept for the U-Net (2 KB each)
-
-    def __init__(self, data, out: Path, ldm: LatentDiffusion, device: torch.device, seed: int, save_minutes: float):
-        self.data, self.out, self.ldm, self.device, self.seed = data, out, ldm, device, seed
-        self.save_seconds = 60 * save_minutes
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.checkpoint_path = out.with_name(out.name + ".checkpoint")
-        self.pool: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def generator(self, step: int) -> torch.Generator:
-        """The source of all that is random in a step."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-
-    def share(self, batch: Tensor | range) -> Tensor | range:
-        """This process's part of a batch."""
-        n = len(batch) // self.world
-        return batch[self.rank * n: (self.rank + 1) * n]
-
-    def images(self, numbers: range) -> tuple[Tensor, list[str]]:
-        pictures, captions = zip(*(self.data.item(i) for i in numbers))
-        return to_tensor(list(pictures)).to(self.device).contiguous(memory_format=torch.channels_last), list(captions)
-
-    # -- the loop of both stages --
-    def fit(self, stage: str, params: dict[str, nn.Parameter], loss_of: Callable[[int], Tensor], steps: int, batch: int,
-            ema_decay: float, sample: Callable[[], Image.Image], checkpoint: dict | None) -> None:
-        """Trains `params` until `steps` steps are done, then puts their moving averages in their place."""
-        optimizer, start, seconds, mean_loss = Optimizer(params), 0, 0.0, None
-        ema = {n: p.detach().clone() for n, p in params.items()}
-        if checkpoint and checkpoint["stage"] == stage:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            start, seconds, mean_loss = checkpoint["step"], checkpoint["seconds"], checkpoint["loss"]
-            for n, e in ema.items():
-                e.copy_(checkpoint["ema"][n])
-        began = saved = time.monotonic()
-
-        def save(step: int) -> None:
-            state = dict(stage=stage, step=step, seconds=seconds + time.monotonic() - began, loss=mean_loss, ema=ema,
-                         model=self.ldm.state_dict(), optimizer=optimizer.state_dict(),
-                         config=json.dumps(asdict(self.ldm.config)), tokenizer=self.ldm.tokenizer.backend.to_str())
-            write_whole(self.checkpoint_path, lambda file: torch.save(state, file))
-            with averaged(params, ema):
-                self.ldm.save(self.out, torch.float16)
-                write_whole(self.out.with_suffix(".png"), lambda file: sample().save(file, "PNG"))
-
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, disable=self.rank > 0, unit="step")
-        for step in bar:
-            loss = loss_of(step)
-            for p in params.values():
-                p.grad = None
-            loss.backward()
-            average([loss.detach(), *(p.grad for p in params.values() if p.grad is not None)], self.world)
-            nn.utils.clip_grad_norm_(params.values(), 1.0)
-            # Warm up over the first steps, when averages are still poor; cool down to nothing over the last third.
-            optimizer.step(min(1.0, (step + 1) / 100, (steps - step) / (steps / 3)))
-            decay = min(ema_decay, (step + 1) / (step + 10))       # a moving average of the weights is the better model
-            for n, p in params.items():
-                ema[n].lerp_(p.detach(), 1 - decay)
-            mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
-            speed = (step + 1 - start) * batch / (time.monotonic() - began)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", images_s=f"{speed:.1f}", refresh=False)
-            if self.rank == 0 and (time.monotonic() - saved > self.save_seconds or step == steps - 1):
-                save(step + 1)
-                saved = time.monotonic()
-        with torch.no_grad():
-            for n, p in params.items():
-                p.copy_(ema[n])
-        if self.rank == 0:
-            print(f"{stage}: {steps} steps of {batch} pictures, {(seconds + time.monotonic() - began) / 60:.1f} minutes, "
-                  f"loss {mean_loss:.4f}", file=sys.stderr)
-
-    # -- stage 1 --
-    def train_vae(self, steps: int, batch: int, checkpoint: dict | None) -> None:
-        """Trains on windows of half the side, a quarter of the cost, and at the end on whole pictures, a quarter as many."""
-        vae, size = self.ldm.vae, self.ldm.config.image_size
-
-        def loss_of(step: int) -> Tensor:
-            whole = step >= steps * 10 // 11
-            n, side = (max(self.world, batch // 4), size) if whole else (batch, size // 2)
-            images = self.images(self.share(range(step * batch, step * batch + n)))[0]
-            images = images if whole else busiest_windows(images, side, self.generator(step))
-            h = side // self.ldm.config.latent_stride
-            noise = torch.randn((n, self.ldm.config.vae.latent_channels, h, h), generator=self.generator(step))
-            return vae_loss(vae, images, self.share(noise).to(self.device), kl_weight=1e-4)
-
-        def sample() -> Image.Image:
-            images = self.images(range(8))[0]
-            return grid(to_pil(images) + to_pil(vae.decode(vae.encode(images)[0])), 8)
-
-        params = {n: p for n, p in self.ldm.named_parameters() if n.startswith("vae.")}
-        self.fit("vae", params, loss_of, steps, batch, 0.998, sample, checkpoint)
-        latents = torch.cat([vae.encode(self.images(range(i, i + 64))[0])[0] for i in range(0, 1024, 64)])
-        self.ldm.config = replace(self.ldm.config, scale_factor=1 / latents.std().item())
-
-    # -- stage 2 --
-    def fresh(self, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures number group·size ... as (mean, logvar, ids), each process encoding its share."""
-        images, captions = self.images(self.share(range(group * size, (group + 1) * size)))
-        with torch.no_grad():
-            parts = [*self.ldm.vae.encode(images), self.ldm.tokenizer(captions).to(self.device)]
-        return tuple(gathered(part.contiguous(), self.world) for part in parts)
-
-    def train_unet(self, steps: int, batch: int, checkpoint: dict | None) -> None:
-        """Trains on a pool of encoded pictures that slides along the endless stream of pictures: each step a few new ones
-        push out the oldest, so that encoding costs little and yet no picture stays for long."""
-        c, group = self.ldm.config, max(self.world, batch // 8)
-        groups = max(1, min(self.pool_size, len(self.data)) // group)
-        no_prompt = self.ldm.tokenizer([""]).to(self.device)
-
-        def loss_of(step: int) -> Tensor:
-            for g in range(step, step + groups):
-                if g not in self.pool:
-                    self.pool[g] = self.fresh(g, group)
-            self.pool.pop(step - 1, None)
-            rng = self.generator(step)
-            picks = torch.randint(groups * group, (batch,), generator=rng).tolist()
-            mean, logvar, ids = (torch.stack([self.pool[step + i // group][part][i % group] for i in picks]) for part in range(3))
-            z_noise, eps = torch.randn((2, *mean.shape), generator=rng).to(self.device)
-            t = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch    # spread evenly
-            t = (t * c.schedule.num_timesteps).long().clamp(max=c.schedule.num_timesteps - 1).to(self.device)
-            dropped = (torch.rand(batch, 1, generator=rng) < 0.1).to(self.device)   # 10 % learn what no prompt looks like
-            x0 = c.scale_factor * sample_posterior(mean, logvar, z_noise)
-            x0, ids, t, eps = (self.share(y) for y in (x0, torch.where(dropped, no_prompt, ids), t, eps))
-            context = self.ldm.text_encoder(ids)
-            return diffusion_loss(self.ldm.unet, x0.contiguous(memory_format=torch.channels_last), context,
-                                  self.ldm.alphas_cumprod.to(x0), c.prediction, t, eps)
-
-        captions = [self.data.item(-1 - i)[1] for i in range(16)]
-        sample = lambda: grid(self.ldm.generate(captions, steps=20, progress=False), 4)
-        params = {n: p for n, p in self.ldm.named_parameters() if n.startswith(("unet.", "text_encoder."))}
-        self.fit("unet", params, loss_of, steps, batch, 0.999, sample, checkpoint)
-
-
-def busiest_windows(images: Tensor, side: int, rng: torch.Generator) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, side, side]: of four windows at random the one with the most in it, since little is learned
-    from an empty background."""
-    windows = []
-    for image in images:
-        corners = torch.randint(image.shape[-1] - side + 1, (4, 2), generator=rng).tolist()
-        windows.append(max((image[:, y : y + side, x : x + side] for y, x in corners), key=Tensor.std))
-    return torch.stack(windows).contiguous(memory_format=torch.channels_last)
-
-
-@contextlib.contextmanager
-def averaged(params: dict[str, nn.Parameter], ema: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold their moving averages."""
-    with torch.no_grad():
-        own = {n: p.clone() for n, p in params.items()}
-        for n, p in params.items():
-            p.copy_(ema[n])
-        yield
-        for n, p in params.items():
-            p.copy_(own[n])
-
-
-def average(tensors: list[Tensor], world: int) -> None:
-    """Puts in each tensor its mean over all processes: gradients of parts of a batch become that of the whole."""
-    if world > 1:
-        flat = torch.cat([t.flatten() for t in tensors])      # one large message is faster than many small ones
-        torch.distributed.all_reduce(flat)
-        for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
-            t.copy_(mean.view_as(t))
-
-
-def gathered(part: Tensor, world: int) -> Tensor:
-    """The parts of all processes, one after the other."""
-    if world == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(world)]
-    torch.distributed.all_gather(parts, part)
-    return torch.cat(parts)
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def grid(images: list[Image.Image], columns: int) -> Image.Image:
@@ -1438,56 +1138,527 @@ def grid(images: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 3300, unet_steps: int = 20000,
-          vae_batch: int = 64, unet_batch: int = 64, seed: int = 0, device: str = "auto", save_minutes: float = 5.0,
-          config: Config = SHAPES) -> None:
-    """Trains on "shapes" or on a folder and writes the weights file `out`; with `weights`, goes on from that model, its VAE
-    kept as it is. An interrupted run goes on where out + ".checkpoint" stands. Raises InputError."""
-    out, device = Path(out), pick_device(device)
-    if not out.parent.is_dir():
-        raise InputError(f"the folder {out.parent} does not exist; make it first")
-    keep_freed_memory()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(seed)
-    checkpoint = read_checkpoint(out.with_name(out.name + ".checkpoint"))
-    start = LatentDiffusion.load(weights, str(device)) if weights else None
-    config = start.config if start else config
-    data = ShapesData(config.image_size, seed) if source == "shapes" else FolderData(Path(source), config.image_size, seed)
-    if checkpoint:
-        config = Config.from_dict(json.loads(checkpoint["config"]))
-        tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint["tokenizer"]), config.text.max_length)
-    elif start is None:
-        captions = [data.item(i)[1] for i in range(min(20000, 10 * len(data)))]
-        tokenizer = Tokenizer.train(captions, config.text.vocab_size, config.text.max_length)
-        vocabulary = replace(config.text, vocab_size=tokenizer.backend.get_vocab_size())
-        config = replace(config, name=source, text=vocabulary)
-    ldm = start or LatentDiffusion(config, tokenizer).to(device).to(memory_format=torch.channels_last)
-    ldm.requires_grad_(True)
-    if checkpoint:
-        ldm.config = config
-        ldm.load_state_dict(checkpoint["model"])
-    trainer = Trainer(data, out, ldm, device, seed, save_minutes)
-    if not weights and not (checkpoint and checkpoint["stage"] == "unet"):
-        trainer.train_vae(vae_steps, vae_batch, checkpoint)
-    trainer.train_unet(unet_steps, unet_batch, checkpoint)
+# %% 9. Shapes
+# --------------------------------------------------------------------------------------------------
+# The built-in model knows one little world: plain pictures of coloured shapes, whose caption says
+# exactly what they show, so that a program can judge every picture. The grammar:
+#
+#     caption  := scene [" on a(n) " COLOUR " background"]         (no background named: white)
+#     scene    := thing | thing RELATION thing | COUNT [SIZE] COLOUR SHAPEs
+#     thing    := "a(n) " [SIZE] COLOUR SHAPE
+#
+# Lengths are in pixels of a picture 128 wide, whatever the size it is drawn at.
+
+COLOURS = {"red": (220, 30, 40), "orange": (255, 140, 0), "yellow": (250, 220, 40),
+           "green": (30, 150, 60), "blue": (30, 70, 220), "purple": (125, 40, 180),
+           "black": (15, 15, 15), "white": (255, 255, 255)}
+SHAPE_NAMES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
+# From the first thing to the second: left of means that the second lies in direction +x.
+RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
+COUNTS = {"two": 2, "three": 3}
+SIZES = {"small": (13, 16), "large": (21, 26)}       # radius
+LARGE_OF_THREE = (20, 22)                            # three of the largest would hardly fit
+SYNONYMS = {"left of": ("to the left of", "on the left of"),
+            "right of": ("to the right of", "on the right of"), "above": ("over", "on top of"),
+            "below": ("under", "beneath", "underneath"), "small": ("little", "tiny"),
+            "large": ("big", "huge"), "purple": ("violet",), "a": ("", "one", "the"),
+            "an": ("", "one", "the"), "two": ("2", "a pair of"), "three": ("3",)}
+
+
+class Thing(NamedTuple):
+    colour: str
+    shape: str
+    size: str | None = None       # "small", "large", or None: either
+
+
+class Scene(NamedTuple):
+    """What a caption says."""
+    things: tuple[Thing, ...]        # one; two in a relation; or two or three alike
+    relation: str | None = None
+    background: str | None = None    # None: white, not said
+
+
+def is_held_out(thing: Thing) -> bool:
+    """Eight of the 64 (colour, shape) pairs are never trained on: what becomes of them shows
+    whether the model composes or remembers."""
+    return (list(COLOURS).index(thing.colour) + SHAPE_NAMES.index(thing.shape)) % 8 == 3
+
+
+def caption_of(scene: Scene) -> str:
+    """The scene in words, as the grammar above has it."""
+    article = lambda words: ("an " if words[0] in "aeiou" else "a ") + words
+    words = [" ".join(filter(None, (it.size, it.colour, it.shape))) for it in scene.things]
+    if len(words) == 1:
+        text = article(words[0])
+    elif scene.relation:
+        text = f"{article(words[0])} {scene.relation} {article(words[1])}"
+    else:
+        text = f"{list(COUNTS)[len(words) - 2]} {words[0]}{'es' if words[0][-1] == 's' else 's'}"
+    return text + (f" on {article(scene.background)} background" if scene.background else "")
+
+
+def rephrase(caption: str, rng: random.Random) -> str:
+    """The same in free words, so that the model understands who has not read the grammar."""
+    for phrase, others in SYNONYMS.items():
+        if rng.random() < 0.5:
+            words = lambda _: f"{rng.choice(others)} ".lstrip()
+            caption = re.sub(rf"\b{phrase} ", words, caption)
+    return caption
+
+
+def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
+    """A scene to train on; or, with held_out, one whose first thing is a held-out pair.
+
+    One third each: one thing, two in a relation, two or three alike. Half name their background.
+    """
+    background = rng.choice(list(COLOURS)) if rng.random() < 0.5 else None
+    colours = [c for c in COLOURS if c != (background or "white")]
+
+    def thing(held_out: bool) -> Thing:
+        while True:
+            it = Thing(*(rng.choice(c) for c in (colours, SHAPE_NAMES, (None, "small", "large"))))
+            if is_held_out(it) == held_out:
+                return it
+
+    kind, first = rng.randrange(3), thing(held_out)
+    if kind == 0:
+        return Scene((first,), None, background)
+    if kind == 1:
+        return Scene((first, thing(False)), rng.choice(list(RELATIONS)), background)
+    return Scene((first,) * rng.choice((2, 3)), None, background)
+
+
+def place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
+    """(x, y, radius) of each thing: inside the picture, apart, and as the relation says. It throws
+    dice until that is so."""
+    while True:
+        spots = []
+        for thing in scene.things:
+            size = thing.size or rng.choice(list(SIZES))
+            crowded = len(scene.things) == 3 and size == "large"
+            r = rng.uniform(*(LARGE_OF_THREE if crowded else SIZES[size]))
+            margin = 1.1 * r + 2                     # 1.1: the diamond is the tallest outline
+            spots.append((rng.uniform(margin, 128 - margin), rng.uniform(margin, 128 - margin), r))
+        pairs = [(a, b) for i, a in enumerate(spots) for b in spots[:i]]
+        if any(math.dist(a[:2], b[:2]) < 1.2 * (a[2] + b[2]) + 2 for a, b in pairs):
+            continue
+        if scene.relation:      # clearly so: 1.3 times the distance in the other direction
+            ux, uy = RELATIONS[scene.relation]
+            dx, dy = spots[1][0] - spots[0][0], spots[1][1] - spots[0][1]
+            if ux * dx + uy * dy < 1.3 * abs(uy * dx + ux * dy):
+                continue
+        return spots
+
+
+def outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of a unit shape (y down, radius about 1), unrotated."""
+    def turn(n: int, i: int, r: float = 1.0) -> tuple[float, float]:       # clockwise from the top
+        return r * math.sin(2 * math.pi * i / n), -r * math.cos(2 * math.pi * i / n)
+
+    if shape in ("circle", "ring"):
+        return [turn(64, i) for i in range(64)]
+    if shape == "square":
+        return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
+    if shape == "triangle":
+        return [turn(3, i) for i in range(3)]
+    if shape == "star":
+        return [turn(10, i, 1.0 if i % 2 == 0 else 0.41) for i in range(10)]
+    if shape == "heart":    # x = 16 sin³ t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, over 16
+        ts = [2 * math.pi * i / 64 for i in range(64)]
+        y = lambda t: sum(k * math.cos(n * t) for n, k in ((1, 13), (2, -5), (3, -2), (4, -1))) / 16
+        return [(math.sin(t) ** 3, -y(t) - 0.1) for t in ts]
+    if shape == "diamond":
+        return [(0, -1.1), (0.78, 0), (0, 1.1), (-0.78, 0)]
+    a = 0.34                # cross: the corners of one arm, turned four times
+    arm = [(-a, -a), (-a, -1), (a, -1)]
+    return [p for s, c in ((0, 1), (1, 0), (0, -1), (-1, 0))
+            for p in [(c * x - s * y, s * x + c * y) for x, y in arm]]
+
+
+def draw(scene: Scene, spots: list[tuple[float, float, float]], size: int,
+         oversample: int = 4) -> Image.Image:
+    """The picture, size x size, anti-aliased: drawn `oversample` times larger, averaged down."""
+    background = COLOURS[scene.background or "white"]
+    image = Image.new("RGB", (size * oversample,) * 2, background)
+    pen, k = ImageDraw.Draw(image), size * oversample / 128
+    for thing, (x, y, r) in zip(scene.things, spots):
+        corners = outline(thing.shape)
+        layers = [(r, COLOURS[thing.colour])]
+        if thing.shape == "ring":
+            layers.append((0.55 * r, background))
+        for f, colour in layers:
+            at = [((x + f * u) * k - 0.5, (y + f * v) * k - 0.5) for u, v in corners]
+            pen.polygon(at, colour)
+    return image.reduce(oversample)
+
+
+class ShapesData:
+    """Pictures of the Shapes world without end: number i is always the same picture and caption."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def item(self, i: int) -> tuple[Image.Image, str]:
+        rng = random.Random(f"{self.seed}/{i}")
+        scene = random_scene(rng)
+        picture, caption = draw(scene, place(scene, rng), self.size), caption_of(scene)
+        return picture, rephrase(caption, rng) if rng.random() < 0.25 else caption
+
+
+# %% 10. Training
+# --------------------------------------------------------------------------------------------------
+# Two stages, as in the latent-diffusion paper: first the VAE alone, then the U-Net and its text
+# encoder on the VAE's latents. Everything random in step n (which pictures, which noise) is drawn
+# from a generator seeded with n, so that a run that was interrupted goes on exactly as if it had
+# not been. With `torchrun --nproc-per-node N`, N processes make a part of every batch each, and
+# exchange nothing but gradients (and Muon's updates).
+
+class FolderData:
+    """A folder of pictures with captions: name.png|jpg|jpeg|webp beside name.txt, or a
+    metadata.jsonl whose lines have `file_name` and `text`. Number i is one of them at random."""
+
+    def __init__(self, folder: Path, size: int, seed: int):
+        self.size, self.seed = size, seed
+        if not folder.is_dir():
+            raise InputError(f"no folder {folder} to train on; give one, or the word: shapes")
+        self.items: list[tuple[Path, str]] = []
+        table = folder / "metadata.jsonl"
+        for number, line in enumerate(read_text(table).splitlines() if table.exists() else [], 1):
+            try:
+                entry = json.loads(line)
+                self.items.append((folder / entry["file_name"], str(entry["text"])))
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f'{table}, line {number}: needs {{"file_name": ..., "text": ...}},'
+                                 f" has {shortened(line)}") from None
+        for path in sorted(folder.iterdir()) if not table.exists() else []:
+            caption = path.with_suffix(".txt")
+            if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and caption.exists():
+                self.items.append((path, read_text(caption).strip()))
+        if not self.items:
+            raise InputError(f"no captioned pictures in {folder}: it needs name.png with name.txt, "
+                             "or a metadata.jsonl")
+        for path, _ in self.items:                # all at the start, not one by one hours later
+            open_image(path)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def item(self, i: int) -> tuple[Image.Image, str]:
+        path, caption = random.Random(f"{self.seed}/{i}").choice(self.items)
+        size = (self.size, self.size)
+        return ImageOps.fit(open_image(path), size, Image.Resampling.LANCZOS), caption
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} can't be read as UTF-8 text ({shortened(str(e))})") from None
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A picture file as RGB, turned as its EXIF orientation says. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"no picture at {path}; check the path") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise InputError(f"{path} can't be read as a picture ({shortened(str(e))}); replace or "
+                         "remove it") from None
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Adam for vectors and for what touches data directly; Muon for the matrices inside.
+
+    Adam (Kingma & Ba 2014, arXiv:1412.6980) scales each number by itself: m / √v, the running mean
+    of the gradient over that of its square. Muon (Jordan et al. 2024) takes a weight matrix as a
+    whole: of the gradient's U Σ Vᵀ it keeps the directions and sets all singular values to about 1,
+    so that rare directions are learned as fast as common ones. A convolution counts as a matrix
+    [out, in·9]. It costs a third of a small step, so each process does its share of the matrices.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], lr: float = 1e-3, muon_lr: float = 0.02):
+        self.rank, self.world = rank_and_world()
+        edge = ("embedding", "conv_in", "conv_out", "quant_conv")
+        inside = {n for n, p in params.items() if p.ndim >= 2 and not any(e in n for e in edge)}
+        groups = [dict(params=[p for n, p in params.items() if (n in inside) == muon],
+                       base_lr=muon_lr if muon else lr, muon=muon) for muon in (True, False)]
+        super().__init__([g for g in groups if g["params"]], dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One step at `factor` times the full learning rates."""
+        matrices, updates = [], []
+        for group in self.param_groups:
+            lr = group["base_lr"] * factor
+            for p in (p for p in group["params"] if p.grad is not None):
+                s = self.state[p]
+                m = s.setdefault("m", torch.zeros_like(p))
+                if group["muon"]:
+                    m.lerp_(p.grad, 0.05)                        # running mean of the gradient ...
+                    g = p.grad.lerp(m, 0.95).flatten(1)          # ... one step ahead (Nesterov)
+                    mine = len(matrices) % self.world == self.rank
+                    updates.append(orthogonalized(g) if mine else torch.zeros_like(g))
+                    # A tall matrix needs more to move its outputs as much: √(rows/columns).
+                    matrices.append((p, lr * max(1.0, g.shape[0] / g.shape[1]) ** 0.5))
+                else:
+                    n = s["n"] = s.get("n", 0) + 1
+                    m.lerp_(p.grad, 0.1)
+                    v = s.setdefault("v", torch.zeros_like(p)).lerp_(p.grad**2, 0.01)
+                    # Both means start at 0, too small at first: divided by what they have summed
+                    p.sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.99**n)) ** 0.5 + 1e-8))
+        average(updates, self.world)
+        for (p, lr), update in zip(matrices, updates):
+            p.sub_(lr * self.world * update.reshape(p.shape))
+
+
+def orthogonalized(g: Tensor) -> Tensor:
+    """[m, n] = U Σ Vᵀ -> about U Vᵀ, by matrix products only: five Newton-Schulz steps.
+
+    Each maps every singular value s to a·s + b·s³ + c·s⁵, whose coefficients (Jordan et al. 2024)
+    were chosen to push anything in (0, 1] quickly to between 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g / (g.norm() + 1e-7)
+    x = x.T if g.shape[0] > g.shape[1] else x
+    for _ in range(5):
+        y = x @ x.T
+        x = a * x + (b * y + c * y @ y) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are (torchrun sets both)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average(tensors: list[Tensor], world: int) -> None:
+    """Puts in each tensor its mean over all processes: gradients of parts of a batch become that of
+    the whole."""
+    if world > 1 and tensors:
+        flat = torch.cat([t.flatten() for t in tensors])      # one large message beats many small
+        torch.distributed.all_reduce(flat)
+        for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+class Trainer:
+    """Both stages of training, resumable. `train` at the end of this section runs it."""
+
+    pool_size = 16384             # encoded pictures kept for the U-Net (2 KB each)
+
+    def __init__(self, data, out: Path, ldm: LatentDiffusion, seed: int, save_minutes: float,
+                 checkpoint: dict | None):
+        self.data, self.out, self.ldm, self.seed = data, out, ldm, seed
+        self.save_seconds, self.checkpoint = 60 * save_minutes, checkpoint
+        self.rank, self.world = rank_and_world()
+        self.pool: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def generator(self, step: int) -> torch.Generator:
+        """The source of all that is random in a step of this process."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step * self.world + self.rank)
+
+    def images(self, step: int, n: int) -> tuple[Tensor, list[str]]:
+        """This process's n pictures of a step, [n, 3, H, W], and their captions."""
+        first = (step * self.world + self.rank) * n
+        pictures, captions = zip(*(self.data.item(i) for i in range(first, first + n)))
+        images = to_tensor(list(pictures)).to(self.ldm.device)
+        return images.contiguous(memory_format=torch.channels_last), list(captions)
+
+    def fit(self, stage: str, prefix: str | tuple[str, ...], loss_of: Callable[[int], Tensor],
+            steps: int, batch: int, ema_decay: float, sample: Callable[[], Image.Image]) -> None:
+        """The loop of both stages: trains the parameters whose names begin with `prefix`, then puts
+        their moving averages in their place."""
+        params = {n: p for n, p in self.ldm.named_parameters() if n.startswith(prefix)}
+        ema = {n: p.detach().clone() for n, p in params.items()}
+        optimizer, start, before, mean_loss = Optimizer(params), 0, 0.0, None
+        if self.checkpoint and self.checkpoint["stage"] == stage:
+            start, before, mean_loss = (self.checkpoint[k] for k in ("step", "seconds", "loss"))
+            optimizer.load_state_dict(self.checkpoint["optimizer"])
+            for n, e in ema.items():
+                e.copy_(self.checkpoint["ema"][n])
+        began = saved = time.monotonic()
+        seconds = lambda: before + time.monotonic() - began
+        bar = tqdm(range(start, steps), stage, steps, initial=start, disable=self.rank > 0,
+                   unit="step")
+        for step in bar:
+            loss = loss_of(step)
+            optimizer.zero_grad()
+            loss.backward()
+            grads = [p.grad for p in params.values() if p.grad is not None]
+            average([loss.detach(), *grads], self.world)
+            nn.utils.clip_grad_norm_(params.values(), 1.0)
+            # Warm up while running means are poor; cool down to nothing over the last third.
+            optimizer.step(min(1.0, (step + 1) / 100, (steps - step) / (steps / 3)))
+            # A moving average of the weights draws better than the weights (a short one at first).
+            decay = min(ema_decay, (step + 1) / (step + 10))
+            for n, p in params.items():
+                ema[n].lerp_(p.detach(), 1 - decay)
+            mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
+            speed = (step + 1 - start) * batch / (time.monotonic() - began)
+            bar.set_postfix(loss=f"{mean_loss:.4f}", images_s=f"{speed:.1f}", refresh=False)
+            due = time.monotonic() - saved > self.save_seconds or step == steps - 1
+            if due and self.rank == 0:
+                self.save(params, ema, sample, dict(stage=stage, step=step + 1, seconds=seconds(),
+                                                    loss=mean_loss,
+                                                    optimizer=optimizer.state_dict()))
+                saved = time.monotonic()
+        with torch.no_grad():
+            for n, p in params.items():
+                p.copy_(ema[n])
+        if self.rank == 0:
+            print(f"{stage}: {steps} steps of {batch} pictures, {seconds() / 60:.1f} minutes, loss "
+                  f"{mean_loss:.4f}", file=sys.stderr)
+
+    @torch.no_grad()
+    def save(self, params: dict[str, nn.Parameter], ema: dict[str, Tensor],
+             sample: Callable[[], Image.Image], state: dict) -> None:
+        """Writes what resuming needs; then the model with averaged weights, and its sample grid."""
+        state.update(ema=ema, model=self.ldm.state_dict(),
+                     config=json.dumps(asdict(self.ldm.config)),
+                     tokenizer=self.ldm.tokenizer.backend.to_str())
+        write_whole(f"{self.out}.checkpoint", lambda file: torch.save(state, file))
+        own = {n: p.clone() for n, p in params.items()}
+        for n, p in params.items():
+            p.copy_(ema[n])
+        self.ldm.save(self.out, torch.float16)
+        write_whole(self.out.with_suffix(".png"), lambda file: sample().save(file, "PNG"))
+        for n, p in params.items():
+            p.copy_(own[n])
+
+    def train_vae(self, steps: int, batch: int) -> None:
+        """Stage 1, on windows of half the side, which cost a quarter; at the end on whole pictures,
+        a quarter as many. Then measures the latents' scale."""
+        vae, c = self.ldm.vae, self.ldm.config
+
+        def loss_of(step: int) -> Tensor:
+            whole, rng = step >= steps * 10 // 11, self.generator(step)
+            n = max(1, batch // self.world // (4 if whole else 1))
+            images = self.images(step, n)[0]
+            if not whole:
+                images = busiest_windows(images, c.image_size // 2, rng)
+            side = images.shape[-1] // c.latent_stride
+            noise = torch.randn((n, c.vae.latent_channels, side, side), generator=rng)
+            return vae_loss(vae, images, noise.to(images), kl_weight=1e-4)
+
+        def sample() -> Image.Image:
+            images = self.images(0, 8)[0]
+            return grid(to_pil(images) + to_pil(vae.decode(vae.encode(images)[0])), 8)
+
+        self.fit("vae", "vae.", loss_of, steps, batch, 0.998, sample)
+        with torch.no_grad():
+            latents = [vae.encode(self.images(i, 64)[0])[0] for i in range(16)]
+        self.ldm.config = replace(c, scale_factor=1 / torch.cat(latents).std().item())
+
+    @torch.no_grad()
+    def encoded(self, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's pictures of a group as (mean, logvar, ids)."""
+        images, captions = self.images(group, size)
+        return *self.ldm.vae.encode(images), self.ldm.tokenizer(captions).to(images.device)
+
+    def train_unet(self, steps: int, batch: int) -> None:
+        """Stage 2, on a pool of encoded pictures that slides along the stream of pictures: in each
+        step a few new ones push out the oldest, so that encoding costs little and yet no picture
+        stays for long."""
+        c, n = self.ldm.config, max(1, batch // self.world)
+        size = max(1, n // 8)
+        groups = max(1, min(self.pool_size // self.world, len(self.data)) // size)
+        no_prompt, device = self.ldm.tokenizer([""]), self.ldm.device
+
+        def loss_of(step: int) -> Tensor:
+            for g in range(step, step + groups):
+                if g not in self.pool:
+                    self.pool[g] = self.encoded(g, size)
+            self.pool.pop(step - 1, None)
+            rng = self.generator(step)
+            picks = torch.randint(groups * size, (n,), generator=rng).tolist()
+            rows = [[part[i % size] for part in self.pool[step + i // size]] for i in picks]
+            mean, logvar, ids = (torch.stack(part) for part in zip(*rows))
+            z_noise, eps = torch.randn((2, *mean.shape), generator=rng).to(device)
+            # Timesteps are spread evenly over the batch: the same mean loss, with less scatter.
+            t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n
+            t = (t * c.schedule.num_timesteps).long().clamp(max=c.schedule.num_timesteps - 1)
+            # A tenth learns what no prompt looks like, for guidance.
+            dropped = torch.rand(n, 1, generator=rng) < 0.1
+            ids = torch.where(dropped.to(device), no_prompt.to(device), ids)
+            x0 = c.scale_factor * sample_posterior(mean, logvar, z_noise)
+            return diffusion_loss(self.ldm.unet, x0.contiguous(memory_format=torch.channels_last),
+                                  self.ldm.text_encoder(ids), self.ldm.alphas_cumprod.to(x0),
+                                  c.prediction, t.to(device), eps)
+
+        captions = [self.data.item(-1 - i)[1] for i in range(16)]
+        sample = lambda: grid(self.ldm.generate(captions, steps=20, progress=False), 4)
+        self.fit("unet", ("unet.", "text_encoder."), loss_of, steps, batch, 0.999, sample)
+
+
+def busiest_windows(images: Tensor, side: int, rng: torch.Generator) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, side, side]: of four windows at random the one with the most in it,
+    since little is learned from an empty background."""
+    windows = []
+    for image in images:
+        corners = torch.randint(image.shape[-1] - side + 1, (4, 2), generator=rng).tolist()
+        crops = [image[:, y : y + side, x : x + side] for y, x in corners]
+        windows.append(max(crops, key=Tensor.std))
+    return torch.stack(windows).contiguous(memory_format=torch.channels_last)
 
 
 def read_checkpoint(path: Path) -> dict | None:
     """A training checkpoint, or None where there is none. Raises InputError."""
-    if not path.exists():
-        return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     except Exception as e:
-        raise InputError(f"the checkpoint {path} is damaged ({shortened(str(e))}); remove it to start anew") from None
+        raise InputError(f"the checkpoint {path} is damaged ({shortened(str(e))}); remove it to "
+                         "start anew") from None
+
+
+def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 3300,
+          unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 64, seed: int = 0,
+          device: str = "auto", save_minutes: float = 5.0, config: Config = SHAPES) -> None:
+    """Trains on "shapes" or on a folder and writes the weights file `out`.
+
+    With `weights`, goes on from that model and leaves its VAE as it is. An interrupted run goes on
+    where out + ".checkpoint" stands. Raises InputError.
+    """
+    out, device = Path(out), pick_device(device)
+    if not out.parent.is_dir():
+        raise InputError(f"the folder {out.parent} does not exist; make it first")
+    keep_freed_memory()
+    if rank_and_world()[1] > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    checkpoint = read_checkpoint(Path(f"{out}.checkpoint"))
+    start = LatentDiffusion.load(weights, str(device)) if weights else None
+    config = start.config if start else config
+    size = config.image_size
+    data = ShapesData(size, seed) if source == "shapes" else FolderData(Path(source), size, seed)
+    if checkpoint:
+        config, tokenizer = parse_header(checkpoint)
+    elif start is None:
+        captions = [data.item(i)[1] for i in range(min(20000, 10 * len(data)))]
+        tokenizer = Tokenizer.train(captions, config.text.vocab_size, config.text.max_length)
+        text = replace(config.text, vocab_size=tokenizer.backend.get_vocab_size())
+        config = replace(config, name=source, text=text)
+    ldm = start or LatentDiffusion(config, tokenizer).to(device)
+    ldm.to(memory_format=torch.channels_last).requires_grad_(True)
+    if checkpoint:
+        ldm.config = config
+        ldm.load_state_dict(checkpoint["model"])
+    trainer = Trainer(data, out, ldm, seed, save_minutes, checkpoint)
+    if not weights and not (checkpoint and checkpoint["stage"] == "unet"):
+        trainer.train_vae(vae_steps, vae_batch)
+    trainer.train_unet(unet_steps, unet_batch)
 
 
 # %% 11. Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # python tiny_ldm.py "a red circle left of a blue square"       makes a picture and prints its name
-# python tiny_ldm.py --train shapes -o FILE                      trains a model
-# Progress goes to stderr. Bad input is one line there and exit code 2; only errors of this program show a traceback.
+# python tiny_ldm.py --train shapes -o FILE                     trains a model
+# Progress goes to stderr. Bad input is one line there and exit code 2; only errors of this program
+# itself show a traceback.
 
 class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
@@ -1495,35 +1666,40 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    ap = ArgumentParser(prog="tiny_ldm.py", allow_abbrev=False, description="Makes pictures from words, or trains to.")
-    ap.add_argument("prompt", nargs="?", help="what the picture shall show")
-    ap.add_argument("-o", "--output", metavar="FILE", help="the .png to write (default: named after prompt and seed), "
-                                                            "or with --train the .safetensors")
-    ap.add_argument("--weights", metavar="FILE", help="another model than the built-in one; with --train, where to start")
-    ap.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    ap.add_argument("--seed", type=int, default=0, metavar="N")
-    g = ap.add_argument_group("pictures")
-    g.add_argument("-n", "--count", type=int, default=1, metavar="COUNT", help="pictures, with seeds N, N+1, ...")
-    g.add_argument("--steps", type=int, default=50, metavar="N", help="1 to 1000 (default: 50)")
-    g.add_argument("--sampler", default="ddim", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
-    g.add_argument("--guidance-scale", type=float, default=7.5, metavar="X", help="how much the prompt counts (default: 7.5)")
-    g.add_argument("--eta", type=float, default=0.0, metavar="X", help="fresh noise in ddim, 0 to 1 (default: 0)")
-    g.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    g.add_argument("--width", type=int, metavar="W")
-    g.add_argument("--height", type=int, metavar="H")
-    g.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    g.add_argument("--film", metavar="FILE", help="also write how the picture formed: a strip (.png) or a .gif")
-    t = ap.add_argument_group("training")
-    t.add_argument("--train", metavar="shapes|FOLDER", help="train on the Shapes world, or on a folder of captioned pictures")
-    for name, default, what in (("vae-steps", 3300, "steps of stage 1"), ("unet-steps", 20000, "steps of stage 2"),
-                                ("vae-batch", 64, "pictures a step in stage 1"), ("unet-batch", 64, "and in stage 2")):
-        t.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
-    t.add_argument("--save-minutes", type=float, default=5.0, metavar="X", help="minutes between checkpoints (default: 5)")
+    ap = ArgumentParser(prog="tiny_ldm.py", allow_abbrev=False,
+                        description="Makes pictures from words, or trains to.")
+    add = ap.add_argument
+    add("prompt", nargs="?", help="what the picture shall show")
+    add("-o", "--output", metavar="FILE", help="the .png to write (default: named after prompt and "
+                                               "seed), or with --train the .safetensors")
+    add("--weights", metavar="FILE", help="another model than the built-in one; with --train, "
+                                          "where to start")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--seed", type=int, default=0, metavar="N")
+    add = ap.add_argument_group("pictures").add_argument
+    add("-n", "--count", type=int, default=1, metavar="COUNT", help="with seeds N, N+1, ...")
+    add("--steps", type=int, default=50, metavar="N", help="1 to 1000 (default: 50)")
+    add("--sampler", default="ddim", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
+    add("--guidance-scale", type=float, default=7.5, metavar="X",
+        help="how much the prompt counts (default: 7.5)")
+    add("--eta", type=float, default=0.0, metavar="X", help="fresh noise in ddim, 0 to 1 (0)")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    add("--width", type=int, metavar="W")
+    add("--height", type=int, metavar="H")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--film", metavar="FILE", help="also write how it formed: a strip (.png) or a .gif")
+    add = ap.add_argument_group("training").add_argument
+    add("--train", metavar="shapes|FOLDER", help="the Shapes world, or captioned pictures")
+    for name, default, what in (
+            ("vae-steps", 3300, "steps of stage 1"), ("unet-steps", 20000, "steps of stage 2"),
+            ("vae-batch", 64, "pictures a step in stage 1"), ("unet-batch", 64, "and in stage 2")):
+        add(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
+    add("--save-minutes", type=float, default=5.0, metavar="X", help="between checkpoints (5)")
     return ap.parse_args(argv)
 
 
 def picture_path(args: argparse.Namespace, seed: int) -> Path:
-    """Where a picture goes: -o, or a name made of prompt and seed; several get the seed in their names."""
+    """Where a picture goes: -o, or a name made of prompt and seed; several have the seed in it."""
     if args.output is None:
         words = re.sub(r"[^\w]+", "-", args.prompt.lower()).strip("-")[:60].strip("-")
         return Path(f"{words or 'picture'}-{seed}.png")
@@ -1531,52 +1707,66 @@ def picture_path(args: argparse.Namespace, seed: int) -> Path:
     return path if args.count == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
 
 
-def parameters_text(args: argparse.Namespace, config: Config, size: tuple[int, int], seed: int) -> str:
-    """The settings in the three-line form that image viewers of this field read from a PNG's `parameters`."""
-    lines = [args.prompt]
-    if args.negative_prompt:
-        lines.append(f"Negative prompt: {args.negative_prompt}")
-    lines.append(f"Steps: {args.steps}, Sampler: {args.sampler}, CFG scale: {args.guidance_scale:g}, Seed: {seed}, "
-                 f"Size: {size[0]}x{size[1]}, Model: {config.name}, Eta: {args.eta:g}, Precision: {args.dtype}")
-    return "\n".join(lines)
+def parameters_text(args: argparse.Namespace, config: Config, image: Image.Image, seed: int) -> str:
+    """The settings in the three-line form that viewers of this field read from a PNG's text chunk
+    `parameters`."""
+    negative = [f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []
+    settings = {"Steps": args.steps, "Sampler": args.sampler,
+                "CFG scale": f"{args.guidance_scale:g}", "Seed": seed,
+                "Size": f"{image.width}x{image.height}", "Model": config.name,
+                "Eta": f"{args.eta:g}", "Precision": args.dtype}
+    return "\n".join([args.prompt, *negative, ", ".join(f"{k}: {v}" for k, v in settings.items())])
 
 
-def make_pictures(args: argparse.Namespace) -> None:
-    """What the command does without --train."""
+def check_paths(args: argparse.Namespace) -> list[Path]:
+    """Where the pictures go. Raises InputError before any work where they can't be written."""
     if not (args.prompt or "").strip():
-        raise InputError('the prompt is empty; say what the picture shall show, like "a red circle left of a blue square"')
+        raise InputError("the prompt is empty; say what the picture shall show, like "
+                         '"a red circle left of a blue square"')
     if args.count < 1:
         raise InputError(f"-n must be at least 1, not {args.count}")
     paths = [picture_path(args, args.seed + i) for i in range(args.count)]
-    for path, endings in [(paths[0], (".png",))] + ([(Path(args.film), (".png", ".gif"))] if args.film else []):
+    film = [(Path(args.film), (".png", ".gif"))] if args.film else []
+    for path, endings in [(paths[0], (".png",)), *film]:
         if path.suffix.lower() not in endings:
             raise InputError(f"{path} must end in {' or '.join(endings)}")
         if not path.parent.is_dir():
             raise InputError(f"the folder {path.parent} does not exist; make it first")
+    return paths
+
+
+def make_pictures(args: argparse.Namespace) -> None:
+    """What the command does without --train."""
+    paths = check_paths(args)
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
     unknown = ldm.tokenizer.unknown_words(args.prompt)
     if ldm.config.name == "shapes" and unknown:
-        print(f"tiny_ldm: the built-in model knows coloured shapes ({', '.join(COLOURS)}; {', '.join(SHAPE_NAMES)}) and has "
-              f"never met: {shortened(', '.join(unknown))}; for other pictures get Stable Diffusion (see README.md)",
-              file=sys.stderr)
-    walk = ldm.denoise(args.prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler, eta=args.eta, seed=args.seed,
-                       guidance_scale=args.guidance_scale, batch_size=args.count, width=args.width, height=args.height)
-    frames, shown = [], {round(i * (args.steps - 1) / 9) for i in range(10)}       # ten moments from first to last step
-    for step in tqdm(walk, total=args.steps, desc="denoising", unit="step"):
+        print(f"tiny_ldm: the built-in model knows coloured shapes ({', '.join(COLOURS)}; "
+              f"{', '.join(SHAPE_NAMES)}) and has never met: {shortened(', '.join(unknown))}; for "
+              "other pictures get Stable Diffusion (see README.md)", file=sys.stderr)
+    walk = ldm.denoise(args.prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
+                       guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed,
+                       batch_size=args.count, width=args.width, height=args.height)
+    frames, shown = [], {round(i * (args.steps - 1) / 9) for i in range(10)}    # first to last step
+    for step in tqdm(walk, "denoising", args.steps, unit="step"):
         if args.film and step.index in shown:
             frames.append(grid(to_pil(ldm.decode_latents(step.x0)), args.count))
-    for i, (path, image) in enumerate(zip(paths, to_pil(ldm.decode_latents(step.x)))):
+    for i, image in enumerate(to_pil(ldm.decode_latents(step.x))):
         info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", parameters_text(args, ldm.config, image.size, args.seed + i))
-        write_whole(path, lambda file: image.save(file, "PNG", pnginfo=info))
-        print(path)
+        info.add_text("parameters", parameters_text(args, ldm.config, image, args.seed + i))
+        write_whole(paths[i], lambda file: image.save(file, "PNG", pnginfo=info))
+        print(paths[i])
     if args.film:
-        if args.film.lower().endswith(".gif"):
-            save = lambda file: frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0)
-        else:
-            save = lambda file: grid(frames, len(frames)).save(file, "PNG")
-        write_whole(args.film, save)
+        write_whole(args.film, lambda file: save_film(frames, file, Path(args.film).suffix.lower()))
         print(args.film)
+
+
+def save_film(frames: list[Image.Image], file: str, ending: str) -> None:
+    """The frames side by side (.png), or one after the other (.gif)."""
+    if ending == ".png":
+        grid(frames, len(frames)).save(file, "PNG")
+    else:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1588,9 +1778,9 @@ def main(argv: list[str] | None = None) -> int:
         elif args.output is None:
             raise InputError("--train needs -o FILE.safetensors, where the model goes")
         else:
-            train(args.train, args.output, weights=args.weights, vae_steps=args.vae_steps, unet_steps=args.unet_steps,
-                  vae_batch=args.vae_batch, unet_batch=args.unet_batch, seed=args.seed, device=args.device,
-                  save_minutes=args.save_minutes)
+            train(args.train, args.output, weights=args.weights, vae_steps=args.vae_steps,
+                  unet_steps=args.unet_steps, vae_batch=args.vae_batch, unet_batch=args.unet_batch,
+                  seed=args.seed, device=args.device, save_minutes=args.save_minutes)
         return 0
     except InputError as e:
         print(f"tiny_ldm: {e}", file=sys.stderr)
