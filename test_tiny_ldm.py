@@ -4,7 +4,10 @@
     python test_tiny_ldm.py 200             the README's table: 200 captions of each kind, judged from the pixels
     python test_tiny_ldm.py 200 --weights FILE
 """
+import copy
 import functools
+import hashlib
+import http.server
 import json
 import math
 import os
@@ -12,6 +15,9 @@ import random
 import subprocess
 import sys
 import textwrap
+import threading
+import types
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +25,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import tiny_ldm
+import weights_convert
 from tiny_ldm import (COLOURS, COUNTS, RELATIONS, SD1, SD1_INPAINT, SHAPE_NAMES, SHAPES, SIZES, InputError,
                       LatentDiffusion, Scene, Thing, Tokenizer, caption_of, draw, is_held_out, place, random_scene)
 
@@ -661,7 +670,6 @@ def test_training_on_a_folder_then_from_its_weights(tmp_path):
 # The built-in model, and the command
 
 def test_built_in_file_is_small_and_half_precision():
-    from safetensors import safe_open
     assert tiny_ldm.BUILT_IN.stat().st_size <= 20_000_000
     with safe_open(tiny_ldm.BUILT_IN, "pt") as f:
         assert {f.get_tensor(k).dtype for k in f.keys()} == {torch.float16}
@@ -694,7 +702,6 @@ def test_command_counts_seeds_and_tells_what_it_does_not_know(tmp_path):
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
     d = tmp_path_factory.mktemp("bad")
-    from safetensors.torch import load_file, save_file
     whole = tiny_ldm.BUILT_IN.read_bytes()
     (d / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
     (d / "text.safetensors").write_text("<html>not found</html>")
@@ -702,7 +709,6 @@ def bad_files(tmp_path_factory):
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, d / "official.safetensors")
     ldm = tiny_model()
     ldm.save(d / "tiny.safetensors")
-    from safetensors import safe_open
     with safe_open(d / "tiny.safetensors", "pt") as f:
         metadata = f.metadata()
     tensors = load_file(d / "tiny.safetensors")
@@ -774,6 +780,309 @@ def test_bad_input_from_the_shell(tmp_path):
     done = run("a", "--steps", 0, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "tiny_ldm: steps must be from 1 to 1000, not 0\n" and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion 1.x: the converter, on narrow synthetic checkpoints in the official layout
+
+NARROW = replace(SD1, text=replace(SD1.text, vocab_size=500, width=64, num_layers=2, num_heads=1),
+                 vae=replace(SD1.vae, channels=32), unet=replace(SD1.unet, channels=32))
+
+
+def synthetic(name: str, shape: list[int]) -> torch.Tensor:
+    """Always the same numbers for a name, of a scale that keeps activations sane through the whole network."""
+    n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if name.endswith("bias"):
+        n *= 0.05
+    elif len(shape) == 1:
+        n = 1 + 0.1 * n
+    else:
+        n *= 0.5 if "embedding" in name else math.prod(shape[1:]) ** -0.5
+    return torch.from_numpy(n)
+
+
+def official_tensors(config=NARROW) -> dict[str, torch.Tensor]:
+    """A whole checkpoint in the official layout, with the schedule tables and what else is in there."""
+    tensors = {}
+    for entry in weights_convert.name_map(config).values():
+        for name in entry.official:
+            shape = [entry.shape[0] // len(entry.official), *entry.shape[1:], *((1, 1) if entry.conv else ())]
+            tensors[name] = synthetic(name, shape)
+    tables = {name: torch.zeros(1000) for name in weights_convert.TABLES[:-1]}
+    return {**tensors, **tables, f"{weights_convert.TEXT}.embeddings.position_ids": torch.arange(77)[None],
+            "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A folder with a narrow checkpoint of every kind, and a small vocabulary."""
+    d, tensors = tmp_path_factory.mktemp("official"), official_tensors()
+    tokenizer = Tokenizer.train([caption_of(random_scene(random.Random(i))) for i in range(300)], 500, 77)
+    (d / "tokenizer.json").write_text(tokenizer.backend.to_str())
+    missing = NARROW.text.vocab_size - tokenizer.backend.get_vocab_size()
+    key = f"{weights_convert.TEXT}.embeddings.token_embedding.weight"
+    tensors[key] = tensors[key][: NARROW.text.vocab_size - missing].clone()
+    save_file(tensors, d / "plain.safetensors")
+    torch.save({"state_dict": tensors, "global_step": 1}, d / "plain.ckpt")
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, d / "half.safetensors")
+    unet = {k: v for k, v in tensors.items() if k.startswith(weights_convert.UNET)}
+    ema = {f"model_ema.{k[len('model.'):].replace('.', '')}": v for k, v in unet.items()}
+    save_file({**tensors, **ema, **{k: v + 1 for k, v in unet.items()}}, d / "full-ema.safetensors")
+    return d
+
+
+def convert(source, out, folder, *more) -> int:
+    return weights_convert.main([str(source), "-o", str(out), "--tokenizer", str(folder / "tokenizer.json"), *more])
+
+
+def test_the_map_covers_every_official_tensor():
+    """The names and shapes of the published file, sorted, as one hash; with 9 input channels for inpainting."""
+    for config, known in ((SD1, "dd0d17c940fbd3a9caaa5c0908f12bcc529c3920a6edcf30fe8eedab2d41b931"), (SD1_INPAINT, "1e54cd5f6b14b417c8ba329a678ebcd247819c297b8ad7dffd4871802835bff8")):
+        lines = []
+        for entry in weights_convert.name_map(config).values():
+            for name in entry.official:
+                shape = [entry.shape[0] // len(entry.official), *entry.shape[1:], *((1, 1) if entry.conv else ())]
+                lines.append(f"{name} {shape}")
+        assert len(set(lines)) == len(lines) == 686 + 248 + 196
+        assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == known
+
+
+@pytest.mark.parametrize("name", ["plain.safetensors", "plain.ckpt", "half.safetensors", "full-ema.safetensors"])
+def test_there_and_back_gives_the_same_bits(name, official, tmp_path, capsys):
+    assert convert(official / name, tmp_path / "t.safetensors", official) == 0
+    assert ("EMA" in capsys.readouterr().err) == (name == "full-ema.safetensors")
+    ldm = LatentDiffusion.load(tmp_path / "t.safetensors", "cpu")
+    assert ldm.config.unet == NARROW.unet and ldm.config.prediction == "eps" and ldm.config.scale_factor == 0.18215
+    assert weights_convert.main(["--to", "official", str(tmp_path / "t.safetensors"), "-o", str(tmp_path / "o.safetensors")]) == 0
+    back, source = load_file(tmp_path / "o.safetensors"), load_file(official / "plain.safetensors")
+    assert len(back) == 686 + 248 + 196 - 16 * 10
+    half = name == "half.safetensors"
+    assert all(torch.equal(v, source[k].half() if half else source[k]) for k, v in back.items())
+
+
+def test_half_precision_on_request(official, tmp_path):
+    assert convert(official / "plain.safetensors", tmp_path / "t.safetensors", official, "--dtype", "float16") == 0
+    assert {v.dtype for v in load_file(tmp_path / "t.safetensors").values()} == {torch.float16}
+
+
+def test_what_lightning_left_in_a_checkpoint_is_inert(official, tmp_path, monkeypatch):
+    names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": names[-1]})
+    sys.modules[names[-1]].ModelCheckpoint = ModelCheckpoint
+    callback = ModelCheckpoint()
+    callback.best = np.float64(0.5)
+    state = {"state_dict": load_file(official / "plain.safetensors"), "callbacks": {ModelCheckpoint: {"best": np.float32(1)}},
+             "more": callback}
+    torch.save(state, tmp_path / "lightning.ckpt")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    assert convert(tmp_path / "lightning.ckpt", tmp_path / "t.safetensors", official) == 0
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_hostile_pickle_is_refused_and_nothing_runs(official, tmp_path, capsys):
+    torch.save({"state_dict": load_file(official / "plain.safetensors"), "x": Hostile(tmp_path / "ran")}, tmp_path / "h.ckpt")
+    assert convert(tmp_path / "h.ckpt", tmp_path / "t.safetensors", official) == 2
+    assert "system" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["h.ckpt"]
+
+
+def bad_checkpoint(kind: str, official: Path, d: Path) -> Path:
+    tensors, path = load_file(official / "plain.safetensors"), d / "x.safetensors"
+    name = f"{weights_convert.UNET}.out.2.bias"
+    raw = {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "page": b"<!DOCTYPE html><html>", "empty": b"",
+           "cut": (official / "plain.safetensors").read_bytes()[:100000], "cut ckpt": (official / "plain.ckpt").read_bytes()[:100000]}
+    if kind in raw:
+        path = d / ("x.ckpt" if kind in ("pointer", "page", "cut ckpt") else "x.safetensors")
+        path.write_bytes(raw[kind])
+        return path
+    if kind == "missing":
+        del tensors[name]
+    elif kind == "more":
+        tensors["model.diffusion_model.label_emb.weight"] = torch.zeros(3)
+    elif kind == "shape":
+        tensors[name] = torch.zeros(5)
+    elif kind == "nan":
+        tensors[name][2] = math.nan
+    else:
+        tensors = {{"sd2": "cond_stage_model.model.token_embedding.weight", "sdxl": "conditioner.embedders.0.x",
+                    "lora": "lora_unet_down_blocks_0.lora_up.weight", "other": "x"}[kind]: torch.zeros(3)}
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("pointer", "is a git-LFS pointer"), ("page", "is an HTML page"), ("empty", "is empty"), ("cut", "is no whole .safetensors file"),
+    ("cut ckpt", "neither a .safetensors nor a whole torch file"), ("missing", "lacks model.diffusion_model.out.2.bias"),
+    ("more", "holds 1 tensors that Stable Diffusion 1.x has not: model.diffusion_model.label_emb.weight"),
+    ("shape", "model.diffusion_model.out.2.bias is torch.float32 [5]"), ("nan", "unet.conv_out.bias holds values that are not finite"),
+    ("sd2", "is Stable Diffusion 2.x"), ("sdxl", "is Stable Diffusion XL"), ("lora", "is a LoRA"), ("other", "is no Stable Diffusion 1.x")])
+def test_bad_checkpoints_are_one_line_and_exit_code_2(kind, message, official, tmp_path, capsys):
+    path = bad_checkpoint(kind, official, tmp_path)
+    assert convert(path, tmp_path / "t.safetensors", official) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tiny_ldm: ")]
+    assert message in lines[-1] and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_is_not_replaced_unasked(official, tmp_path, capsys):
+    (tmp_path / "t.safetensors").write_text("mine")
+    assert convert(official / "plain.safetensors", tmp_path / "t.safetensors", official) == 2
+    assert "exists already" in capsys.readouterr().err and (tmp_path / "t.safetensors").read_text() == "mine"
+    assert convert(official / "plain.safetensors", tmp_path / "t.safetensors", official, "--force") == 0
+
+
+def make_references(d: Path, factor: float):
+    """Narrow networks of diffusers and transformers with synthetic weights (all but the norms' times factor), and ours,
+    converted from a diffusers folder of them."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    widths = (32, 64, 128, 128)
+    tokenizer = Tokenizer.train([caption_of(random_scene(random.Random(i))) for i in range(300)], 500, 77)
+    unet = diffusers.UNet2DConditionModel(cross_attention_dim=64, attention_head_dim=8, block_out_channels=widths)
+    vae = diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                                  layers_per_block=2, block_out_channels=widths)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=1, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=1))
+    for model, name in ((unet, "unet"), (vae, "vae"), (text, "text_encoder")):
+        model.eval().requires_grad_(False)
+        for n, p in model.named_parameters():
+            p.copy_(synthetic(n, list(p.shape)) * (1.0 if "norm" in n else factor))
+        model.save_pretrained(d / name)
+    (d / "tokenizer").mkdir()
+    (d / "tokenizer" / "tokenizer.json").write_text(tokenizer.backend.to_str())
+    assert weights_convert.main([str(d), "-o", str(d / "t.safetensors")]) == 0
+    return LatentDiffusion.load(d / "t.safetensors", "cpu"), unet, vae, text, d
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    return make_references(tmp_path_factory.mktemp("diffusers"), 1.0)
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-2])
+def test_networks_equal_the_reference_implementations(factor, references, tmp_path):
+    """In float64, where nothing but a difference of meaning can show. With weights a hundredth as large, what reaches each
+    norm has a variance near the norm's epsilon: a wrong one shows as 0.1 and more, and on ordinary weights as 1e-5."""
+    models = references if factor == 1.0 else make_references(tmp_path, factor)
+    ldm, unet, vae, text = (copy.deepcopy(m).double() for m in models[:4])
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        ids = ldm.tokenizer(["a red circle", "an astronaut riding a horse"])
+        context = text(ids).last_hidden_state
+        assert relative_error(ldm.text_encoder(ids), context) <= 1e-12
+        x = torch.randn((2, 4, 16, 24), generator=g).double()
+        for t in (0, 1, 500, 981, 999):
+            assert relative_error(ldm.unet(x, torch.tensor([t, t]), context), unet(x, t, context).sample) <= 1e-12
+        image = torch.rand((1, 3, 64, 128), generator=g).double() * 2 - 1
+        posterior, (mean, logvar) = vae.encode(image).latent_dist, ldm.vae.encode(image)
+        assert relative_error(mean, posterior.mean) <= 1e-12 and relative_error(logvar, posterior.logvar) <= 1e-12
+        assert relative_error(ldm.vae.decode(mean), vae.decode(mean).sample) <= 1e-12
+
+
+def test_diffusers_folders_of_every_age_convert_to_the_same(references, tmp_path):
+    *_, d = references
+    whole = load_file(d / "t.safetensors")
+    for part, stem, other in (("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
+                              ("vae", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16.safetensors"),
+                              ("text_encoder", "model", "pytorch_model.bin")):
+        (tmp_path / part).mkdir()
+        tensors = load_file(next((d / part).glob(f"{stem}*.safetensors")))
+        if part == "vae":                     # the attention's names before diffusers 0.15
+            for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+                tensors = {k.replace(f".attentions.0.{new}.", f".attentions.0.{old}."): v for k, v in tensors.items()}
+        if part == "text_encoder":            # the names before transformers 5, with the buffer of old files
+            tensors = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in tensors.items()}
+            tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        torch.save(tensors, tmp_path / part / other) if other.endswith("bin") else save_file(tensors, tmp_path / part / other)
+    assert convert(tmp_path, tmp_path / "t.safetensors", d / "tokenizer") == 0
+    again = load_file(tmp_path / "t.safetensors")
+    assert again.keys() == whole.keys() and all(torch.equal(v, again[k]) for k, v in whole.items())
+
+
+@pytest.fixture
+def hub(references, monkeypatch, tmp_path):
+    """A local server that speaks for the hub: one repository, made of the folder above."""
+    *_, d = references
+    files = {str(p.relative_to(d)): p for p in d.rglob("*") if p.is_file() and p.parent != d}
+    info = json.dumps({"id": "some/model", "sha": "f" * 40, "siblings": [{"rfilename": name} for name in files],
+                       "private": False, "tags": [], "downloads": 0, "likes": 0}).encode()
+
+    tree = json.dumps([{"type": "file", "path": name, "size": p.stat().st_size, "oid": "0"} for name, p in files.items()]).encode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            file = files.get(self.path.partition(f"/some/model/resolve/{'f' * 40}/")[2])
+            body = file.read_bytes() if file else None
+            if self.path.startswith("/api/models/some/model"):
+                body = tree if "/tree/" in self.path else info
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.send_header("X-Repo-Commit", "f" * 40)
+            self.send_header("ETag", f'"{zlib.crc32(body or b""):x}"')
+            self.end_headers()
+            if self.command == "GET" and body:
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+        log_message = lambda self, *a: None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    server.shutdown()
+
+
+def run_convert(*args, cwd, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(HERE / "weights_convert.py"), *map(str, args)], cwd=cwd, capture_output=True,
+                          text=True, env={**os.environ, **env})
+
+
+def test_a_hub_repository_is_downloaded_and_converted(hub, references, tmp_path):
+    done = run_convert("some/model", cwd=tmp_path, **hub)
+    assert (done.returncode, done.stdout) == (0, "model.tiny_ldm.safetensors\n"), done.stderr
+    whole, again = load_file(references[-1] / "t.safetensors"), load_file(tmp_path / "model.tiny_ldm.safetensors")
+    assert all(torch.equal(v, again[k]) for k, v in whole.items())
+    done = run_convert("some/other", cwd=tmp_path, **hub)
+    assert done.returncode == 2 and "some/other can't be had from the hub" in done.stderr.splitlines()[-1]
+
+
+def test_without_a_vocabulary_the_error_says_what_to_pass(official, tmp_path, hub):
+    done = run_convert(official / "plain.safetensors", cwd=tmp_path, **hub)
+    assert done.returncode == 2 and "pass --tokenizer with bpe_simple_vocab_16e6.txt.gz" in done.stderr.splitlines()[-1]
+
+
+CLIP = Path(os.environ.get("TINY_LDM_CLIP_DIR", "nowhere"))
+
+
+@pytest.mark.skipif(not CLIP.is_dir(), reason="TINY_LDM_CLIP_DIR names no folder with CLIP's vocabulary")
+def test_ids_are_those_of_clips_tokenizer(tmp_path, capsys):
+    tokenizer = Tokenizer(weights_convert.read_tokenizer(CLIP / "bpe_simple_vocab_16e6.txt.gz"), 77)
+    for line in (CLIP / "tokens.jsonl").read_text("utf-8").splitlines():
+        case = json.loads(line)
+        ids = case["ids"][:76] + [49407] * max(1, 77 - len(case["ids"]))
+        assert tokenizer([case["text"]])[0].tolist() == ids[:77], case["text"]
+    vocab = tokenizer.backend.get_vocab()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    merges = json.loads(tokenizer.backend.to_str())["model"]["merges"]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
+    assert weights_convert.read_tokenizer(tmp_path).to_str() == tokenizer.backend.to_str()
+    capsys.readouterr()
+    assert tokenizer(["a " * 75 + "red fox"])[0, -2:].tolist() == [320, 49407]
+    assert capsys.readouterr().err == "tiny_ldm: the prompt is longer than 75 tokens; cut off: 'red fox'\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -259,12 +259,13 @@ def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod:
 # a block first brings its input to mean 0 and variance 1, so that it need not care for the scale.
 
 class GroupNorm(nn.GroupNorm):
-    """Normalises each group of channels of each picture to mean 0, variance 1 (Wu & He 2018),
-    always in float32."""
+    """Normalises each group of channels of each picture to mean 0, variance 1 (Wu & He 2018,
+    arXiv:1803.08494), in float32 even where the network is half precision: squares overflow."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -648,9 +649,8 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     util.py:161).
     """
     half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    freqs = torch.exp(-math.log(10000) * steps)
-    angles = t.float()[:, None] * freqs
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * freqs.to(t.device)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
