@@ -808,7 +808,7 @@ def official_tensors(config=NARROW) -> dict[str, torch.Tensor]:
         for name in entry.official:
             shape = [entry.shape[0] // len(entry.official), *entry.shape[1:], *((1, 1) if entry.conv else ())]
             tensors[name] = synthetic(name, shape)
-    tables = {name: torch.zeros(1000) for name in weights_convert.TABLES[:-1]}
+    tables = {name: torch.zeros(1000) for name in weights_convert.TABLES}
     return {**tensors, **tables, f"{weights_convert.TEXT}.embeddings.position_ids": torch.arange(77)[None],
             "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
 
