@@ -362,6 +362,11 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.resample = resample
 
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.resample is None else self.resample(x)
+
 
 def zeroed(layer: nn.Module) -> nn.Module:
     """Fills with zeros: a residual branch that starts as nothing trains better (Zhang et al. 2019,
@@ -407,21 +412,16 @@ class Encoder(nn.Module):
                 channels = c.channels * mult
             last = level == len(c.channel_mult) - 1
             self.down.append(Level(blocks, None if last else Downsample(channels, symmetric=False)))
-        self.mid = nn.ModuleList([res(channels, channels), MiddleAttention(channels, c.norm_groups),
-                                  res(channels, channels)])
+        self.mid = nn.Sequential(res(channels, channels), MiddleAttention(channels, c.norm_groups),
+                                 res(channels, channels))
         self.norm_out = GroupNorm(c.norm_groups, channels, 1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            for block in level.blocks:
-                h = block(h)
-            if level.resample is not None:
-                h = level.resample(h)
-        for block in self.mid:
-            h = block(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -433,8 +433,8 @@ class Decoder(nn.Module):
         res = lambda i, o: ResBlock(i, o, c.norm_groups, 1e-6)
         channels = c.channels * c.channel_mult[-1]
         self.conv_in = nn.Conv2d(c.latent_channels, channels, 3, padding=1)
-        self.mid = nn.ModuleList([res(channels, channels), MiddleAttention(channels, c.norm_groups),
-                                  res(channels, channels)])
+        self.mid = nn.Sequential(res(channels, channels), MiddleAttention(channels, c.norm_groups),
+                                 res(channels, channels))
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             blocks = []
@@ -446,14 +446,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.conv_in(z)
-        for block in self.mid:
-            h = block(h)
+        h = self.mid(self.conv_in(z))
         for level in self.up:
-            for block in level.blocks:
-                h = block(h)
-            if level.resample is not None:
-                h = level.resample(h)
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -530,14 +525,14 @@ class Tokenizer:
         self.backend, self.max_length = backend, max_length
         self.bos, self.eos = backend.token_to_id(BOS), backend.token_to_id(EOS)
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """["a prompt", ...] -> LongTensor [B, L]. What does not fit is cut off, and a line on
-        stderr shows it."""
+    def __call__(self, prompts: list[str], warn: bool = True) -> Tensor:
+        """["a prompt", ...] -> LongTensor [B, L]. What does not fit is cut off, and with `warn` a
+        line on stderr shows it."""
         rows = []
         for prompt in prompts:
             encoding = self.backend.encode(prompt, add_special_tokens=False)
             ids, room = encoding.ids, self.max_length - 2
-            if len(ids) > room:
+            if warn and len(ids) > room:
                 print(f"tiny_ldm: the prompt is longer than {room} tokens; cut off: "
                       f"{shortened(prompt[encoding.offsets[room][0]:])!r}", file=sys.stderr)
             ids = [self.bos, *ids[:room], self.eos]
@@ -588,6 +583,7 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokeni
 
 def shortened(text: str, width: int = 60) -> str:
     """The beginning of a text, for a message of one line."""
+    text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -945,8 +941,12 @@ class LatentDiffusion(nn.Module):
         z = (latents / self.config.scale_factor).to(self.device, self.dtype)
         image = self.vae.decode(z).float()
         if not image.isfinite().all():
-            raise InputError(f"the decoded picture is not finite in {self.dtype}; use float32")
+            raise self._not_finite("the decoded picture")
         return image.clamp(-1, 1)
+
+    def _not_finite(self, what: str) -> InputError:
+        cure = "check the weights" if self.dtype == torch.float32 else "use float32"
+        return InputError(f"{what} is not finite in {self.dtype}; {cure}")
 
     def _context(self, prompt: Prompt) -> Tensor:
         """prompt as context [n, L, D]."""
@@ -977,6 +977,9 @@ class LatentDiffusion(nn.Module):
         noise = lambda: torch.cat([torch.randn(shape, generator=g) for g in generators]).to(
             self.device)
         x = noise() if latents is None else latents.to(self.device, torch.float32)
+        if x.shape[:2] != (len(context), c.vae.latent_channels) or x.ndim != 4:
+            raise InputError(f"latents must be [{len(context)}, {c.vae.latent_channels}, h, w], not "
+                             f"{list(x.shape)}")
         guided = guidance_scale != 1.0        # at scale 1 the empty prompt has no say
         if guided:
             negative = self._context(negative_prompt)
@@ -1012,7 +1015,7 @@ class LatentDiffusion(nn.Module):
         """The steps of a sampler, each checked to be finite."""
         for step in steps:
             if not step.x.isfinite().all():
-                raise InputError(f"step {step.index} is not finite in {self.dtype}; use float32")
+                raise self._not_finite(f"step {step.index}")
             yield step
 
     def generate(self, prompt: Prompt, negative_prompt: Prompt = "", *, progress: bool = True,
@@ -1109,10 +1112,13 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.parent / f".{os.getpid()}.part"
     try:
         write(str(beside))
         os.replace(beside, path)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path} can't be written ({shortened(str(e))}); check the name, the room "
+                         "on the disk and the permissions") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -1301,6 +1307,10 @@ class ShapesData:
     def __len__(self) -> int:
         return 2**31
 
+    def captions(self) -> list[str]:
+        """Enough of them to learn a vocabulary from."""
+        return [self.item(i)[1] for i in range(20000)]
+
     def item(self, i: int) -> tuple[Image.Image, str]:
         rng = random.Random(f"{self.seed}/{i}")
         scene = random_scene(rng)
@@ -1345,6 +1355,9 @@ class FolderData:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def captions(self) -> list[str]:
+        return [caption for _, caption in self.items]
 
     def item(self, i: int) -> tuple[Image.Image, str]:
         path, caption = random.Random(f"{self.seed}/{i}").choice(self.items)
@@ -1452,9 +1465,9 @@ class Trainer:
     pool_size = 16384             # encoded pictures kept for the U-Net (2 KB each)
 
     def __init__(self, data, out: Path, ldm: LatentDiffusion, seed: int, save_minutes: float,
-                 checkpoint: dict | None):
+                 run: list[str], checkpoint: dict | None):
         self.data, self.out, self.ldm, self.seed = data, out, ldm, seed
-        self.save_seconds, self.checkpoint = 60 * save_minutes, checkpoint
+        self.save_seconds, self.run, self.checkpoint = 60 * save_minutes, run, checkpoint
         self.rank, self.world = rank_and_world()
         self.pool: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -1518,7 +1531,7 @@ class Trainer:
     def save(self, params: dict[str, nn.Parameter], ema: dict[str, Tensor],
              sample: Callable[[], Image.Image], state: dict) -> None:
         """Writes what resuming needs; then the model with averaged weights, and its sample grid."""
-        state.update(ema=ema, model=self.ldm.state_dict(),
+        state.update(run=self.run, ema=ema, model=self.ldm.state_dict(),
                      config=json.dumps(asdict(self.ldm.config)),
                      tokenizer=self.ldm.tokenizer.backend.to_str())
         write_whole(f"{self.out}.checkpoint", lambda file: torch.save(state, file))
@@ -1526,7 +1539,8 @@ class Trainer:
         for n, p in params.items():
             p.copy_(ema[n])
         self.ldm.save(self.out, torch.float16)
-        write_whole(self.out.with_suffix(".png"), lambda file: sample().save(file, "PNG"))
+        picture = sample()
+        write_whole(self.out.with_suffix(".png"), lambda file: picture.save(file, "PNG"))
         for n, p in params.items():
             p.copy_(own[n])
 
@@ -1551,14 +1565,15 @@ class Trainer:
 
         self.fit("vae", "vae.", loss_of, steps, batch, 0.998, sample)
         with torch.no_grad():
-            latents = [vae.encode(self.images(i, 64)[0])[0] for i in range(16)]
-        self.ldm.config = replace(c, scale_factor=1 / torch.cat(latents).std().item())
+            latents = torch.cat([vae.encode(self.images(i, 64)[0])[0] for i in range(16)])
+            average(std := [latents.std()], self.world)
+        self.ldm.config = replace(c, scale_factor=1 / std[0].item())
 
     @torch.no_grad()
     def encoded(self, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """This process's pictures of a group as (mean, logvar, ids)."""
         images, captions = self.images(group, size)
-        return *self.ldm.vae.encode(images), self.ldm.tokenizer(captions).to(images.device)
+        return *self.ldm.vae.encode(images), self.ldm.tokenizer(captions, False).to(images.device)
 
     def train_unet(self, steps: int, batch: int) -> None:
         """Stage 2, on a pool of encoded pictures that slides along the stream of pictures: in each
@@ -1606,13 +1621,19 @@ def busiest_windows(images: Tensor, side: int, rng: torch.Generator) -> Tensor:
     return torch.stack(windows).contiguous(memory_format=torch.channels_last)
 
 
-def read_checkpoint(path: Path) -> dict | None:
-    """A training checkpoint, or None where there is none. Raises InputError."""
+def read_checkpoint(path: Path, run: list[str]) -> dict | None:
+    """The training checkpoint of a run (its data, its start), or None where there is none. Raises
+    InputError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-    except Exception as e:
-        raise InputError(f"the checkpoint {path} is damaged ({shortened(str(e))}); remove it to "
-                         "start anew") from None
+        found = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        other = found and found["run"] != run
+    except Exception as e:     # the file comes from outside: whatever is wrong, it is damaged
+        raise InputError(f"the checkpoint {path} is damaged ({type(e).__name__}: "
+                         f"{shortened(str(e))}); remove it to start anew") from None
+    if other:
+        raise InputError(f"{path} is of another run (--train and --weights were {found['run']}, "
+                         f"not {run}); remove it, or choose another -o")
+    return found
 
 
 def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 3300,
@@ -1623,34 +1644,47 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     With `weights`, goes on from that model and leaves its VAE as it is. An interrupted run goes on
     where out + ".checkpoint" stands. Raises InputError.
     """
-    out, device = Path(out), pick_device(device)
+    out, device, run = Path(out), pick_device(device), [source, str(weights or "")]
+    for name, value, low in (("vae_steps", vae_steps, 1), ("unet_steps", unet_steps, 1), ("seed", seed, 0),
+                             ("vae_batch", vae_batch, 1), ("unet_batch", unet_batch, 1)):
+        if not low <= value <= 2**31:
+            raise InputError(f"{name} must be from {low} to {2**31}, not {value}")
+    if out.suffix != ".safetensors":
+        raise InputError(f"a model is written to a .safetensors file; {out} does not end so")
     if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist; make it first")
     keep_freed_memory()
-    if rank_and_world()[1] > 1:
+    distributed = rank_and_world()[1] > 1
+    if distributed:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
-    checkpoint = read_checkpoint(Path(f"{out}.checkpoint"))
+    checkpoint = read_checkpoint(Path(f"{out}.checkpoint"), run)
     start = LatentDiffusion.load(weights, str(device)) if weights else None
-    config = start.config if start else config
+    config = replace(start.config, name=source) if start else config
+    if config.unet.in_channels != config.vae.latent_channels:
+        raise InputError(f"{weights} is an inpainting model, which can't be trained here")
     size = config.image_size
     data = ShapesData(size, seed) if source == "shapes" else FolderData(Path(source), size, seed)
     if checkpoint:
         config, tokenizer = parse_header(checkpoint)
     elif start is None:
-        captions = [data.item(i)[1] for i in range(min(20000, 10 * len(data)))]
-        tokenizer = Tokenizer.train(captions, config.text.vocab_size, config.text.max_length)
+        tokenizer = Tokenizer.train(data.captions(), config.text.vocab_size, config.text.max_length)
         text = replace(config.text, vocab_size=tokenizer.backend.get_vocab_size())
         config = replace(config, name=source, text=text)
     ldm = start or LatentDiffusion(config, tokenizer).to(device)
     ldm.to(memory_format=torch.channels_last).requires_grad_(True)
+    ldm.config = config
     if checkpoint:
-        ldm.config = config
         ldm.load_state_dict(checkpoint["model"])
-    trainer = Trainer(data, out, ldm, seed, save_minutes, checkpoint)
+    trainer = Trainer(data, out, ldm, seed, save_minutes, run, checkpoint)
     if not weights and not (checkpoint and checkpoint["stage"] == "unet"):
         trainer.train_vae(vae_steps, vae_batch)
     trainer.train_unet(unet_steps, unet_batch)
+    if distributed:
+        torch.distributed.destroy_process_group()
 
 
 # %% 11. Command line
@@ -1723,13 +1757,18 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
     if not (args.prompt or "").strip():
         raise InputError("the prompt is empty; say what the picture shall show, like "
                          '"a red circle left of a blue square"')
+    try:
+        (args.prompt + args.negative_prompt).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the prompt is not UTF-8 text: {args.prompt!a}") from None
     if args.count < 1:
         raise InputError(f"-n must be at least 1, not {args.count}")
+    if args.output is not None and Path(args.output).suffix.lower() != ".png":
+        raise InputError(f"the picture is written as .png; {args.output!r} does not end so")
     paths = [picture_path(args, args.seed + i) for i in range(args.count)]
-    film = [(Path(args.film), (".png", ".gif"))] if args.film else []
-    for path, endings in [(paths[0], (".png",)), *film]:
-        if path.suffix.lower() not in endings:
-            raise InputError(f"{path} must end in {' or '.join(endings)}")
+    if args.film is not None and Path(args.film).suffix.lower() not in (".png", ".gif"):
+        raise InputError(f"the film is written as .png or .gif; {args.film!r} does not end so")
+    for path in [paths[0], Path(args.film or ".")]:
         if not path.parent.is_dir():
             raise InputError(f"the folder {path.parent} does not exist; make it first")
     return paths
@@ -1740,7 +1779,7 @@ def make_pictures(args: argparse.Namespace) -> None:
     paths = check_paths(args)
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
     unknown = ldm.tokenizer.unknown_words(args.prompt)
-    if ldm.config.name == "shapes" and unknown:
+    if args.weights is None and unknown:
         print(f"tiny_ldm: the built-in model knows coloured shapes ({', '.join(COLOURS)}; "
               f"{', '.join(SHAPE_NAMES)}) and has never met: {shortened(', '.join(unknown))}; for "
               "other pictures get Stable Diffusion (see README.md)", file=sys.stderr)
@@ -1784,6 +1823,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except InputError as e:
         print(f"tiny_ldm: {e}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        print(f"tiny_ldm: not enough memory ({shortened(str(e))}); make fewer or smaller pictures "
+              "at once, or use --dtype bfloat16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tiny_ldm: interrupted", file=sys.stderr)
