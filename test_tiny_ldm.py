@@ -1,7 +1,8 @@
 """What must hold, as readable examples.
 
     pytest                                  all of it, in a few minutes
-    python test_tiny_ldm.py 200             the README's table: 200 captions of each kind, judged from the pixels
+    python test_tiny_ldm.py 200             the README's table: 200 captions of each kind, judged
+                                            from the pixels
     python test_tiny_ldm.py 200 --weights FILE
 """
 import copy
@@ -30,14 +31,16 @@ from safetensors.torch import load_file, save_file
 
 import tiny_ldm
 import weights_convert
-from tiny_ldm import (COLOURS, COUNTS, RELATIONS, SD1, SD1_INPAINT, SHAPE_NAMES, SHAPES, SIZES, InputError,
-                      LatentDiffusion, Scene, Thing, Tokenizer, caption_of, draw, is_held_out, place, random_scene)
+from tiny_ldm import (COLOURS, COUNTS, RELATIONS, SD1, SD1_INPAINT, SHAPE_NAMES, SHAPES, SIZES,
+                      InputError, LatentDiffusion, Scene, Thing, Tokenizer, caption_of, draw,
+                      is_held_out, place, random_scene)
 
 HERE = Path(__file__).parent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The judge: does a picture show what its caption says? It looks at pixels and caption, and at nothing else.
+# --------------------------------------------------------------------------------------------------
+# The judge: does a picture show what its caption says? It looks at pixels and caption, and at
+# nothing else.
 
 def parse(caption: str) -> Scene:
     """The grammar backwards: a caption to what it says."""
@@ -50,12 +53,14 @@ def parse(caption: str) -> Scene:
 
     words = text.split()
     if words[0] in COUNTS:
-        shape = words[-1].removesuffix("es") if words[-1] == "crosses" else words[-1].removesuffix("s")
+        ending = "es" if words[-1] == "crosses" else "s"
+        shape = words[-1].removesuffix(ending)
         return Scene((thing(words[1:-1] + [shape]),) * COUNTS[words[0]], None, background)
     for relation in RELATIONS:
         first, found, second = text.partition(f" {relation} ")
         if found:
-            return Scene((thing(first.split()[1:]), thing(second.split()[1:])), relation, background)
+            things = thing(first.split()[1:]), thing(second.split()[1:])
+            return Scene(things, relation, background)
     return Scene((thing(words[1:]),), None, background)
 
 
@@ -85,12 +90,14 @@ def moments(shape: str) -> tuple[float, float]:
 
 
 def fit_shape(coverage: np.ndarray, shape: str) -> tuple[float, float]:
-    """How well the coverage [H, W] (0 ... 1) of a thing fits a template of its area and centroid: (overlap, radius)."""
+    """How well the coverage [H, W] (0 ... 1) of a thing fits a template of its area and centroid:
+    (overlap, radius)."""
     side, (area, low) = len(coverage), moments(shape)
     k, total, at = 128 / side, coverage.sum(), np.arange(len(coverage)) + 0.5
     r = math.sqrt(total / area) * k
     x, y = at @ coverage.sum(0) / total * k, at @ coverage.sum(1) / total * k - low * r
-    template = 1 - np.asarray(draw(Scene((Thing("black", shape),)), [(x, y, r)], side))[..., 0].astype(float) / 255
+    drawn = np.asarray(draw(Scene((Thing("black", shape),)), [(x, y, r)], side))
+    template = 1 - drawn[..., 0].astype(float) / 255
     return np.minimum(template, coverage).sum() / np.maximum(template, coverage).sum(), r
 
 
@@ -107,7 +114,8 @@ def look(image: Image.Image) -> tuple[str, list[dict]]:
             continue
         strong = part & (contrast >= np.percentile(contrast[part], 50))
         colour = np.median(pixels[strong], axis=0)
-        coverage = np.clip(((pixels - ground) @ (colour - ground)) / ((colour - ground) ** 2).sum(), 0, 1)
+        towards = colour - ground
+        coverage = np.clip(((pixels - ground) @ towards) / (towards**2).sum(), 0, 1)
         padded = np.pad(part, 1)
         near = np.max([padded[i:i + side, j:j + side] for i in range(3) for j in range(3)], axis=0)
         coverage = coverage * near
@@ -115,8 +123,9 @@ def look(image: Image.Image) -> tuple[str, list[dict]]:
             continue
         (overlap, radius), shape = max((fit_shape(coverage, s), s) for s in SHAPE_NAMES)
         ys, xs = np.nonzero(coverage > 0.5)
-        things.append(dict(colour=nearest_colour(colour), shape=shape, overlap=overlap, radius=radius,
-                           x=(xs.min() + xs.max()) / 2, y=(ys.min() + ys.max()) / 2))
+        things.append(dict(
+            colour=nearest_colour(colour), shape=shape, overlap=overlap, radius=radius,
+            x=(xs.min() + xs.max()) / 2, y=(ys.min() + ys.max()) / 2))
     return nearest_colour(ground), things
 
 
@@ -128,11 +137,12 @@ def judge(image: Image.Image, caption: str) -> str:
         return f"the background is {background}"
     if len(found) != len(scene.things):
         return f"there are {len(found)} things"
-    if scene.relation and len(found) == 2:       # which of the two is the first is for the relation to say
+    if scene.relation and len(found) == 2:      # the relation says which of the two is the first
         ux, uy = RELATIONS[scene.relation]
         found.sort(key=lambda f: ux * f["x"] + uy * f["y"])
         a, b = found
-        along, across = ux * (b["x"] - a["x"]) + uy * (b["y"] - a["y"]), uy * (b["x"] - a["x"]) + ux * (b["y"] - a["y"])
+        dx, dy = b["x"] - a["x"], b["y"] - a["y"]
+        along, across = ux * dx + uy * dy, uy * dx + ux * dy
         if along <= abs(across):
             return f"nothing is clearly {scene.relation}"
     for thing, f in zip(scene.things, found):
@@ -152,12 +162,14 @@ def random_picture(seed: int) -> tuple[Scene, Image.Image]:
 
 
 def captions_of_kind(kind: str, count: int, seed: int) -> list[str]:
-    """Captions to try a model on: "one thing", "two things and their relation", "two or three of a kind", "held-out"."""
+    """Captions to try a model on, of one of the KINDS."""
     rng, captions = random.Random(f"{kind}/{seed}"), []
     while len(captions) < count:
         scene = random_scene(rng, held_out=kind == "held-out")
-        is_kind = {"one thing": len(scene.things) == 1, "two things and their relation": scene.relation is not None,
-                   "two or three of a kind": len(scene.things) > 1 and not scene.relation, "held-out": True}
+        several = len(scene.things) > 1
+        is_kind = {"one thing": not several,
+                   "two things and their relation": scene.relation is not None,
+                   "two or three of a kind": several and not scene.relation, "held-out": True}
         if is_kind[kind]:
             captions.append(caption_of(scene))
     return captions
@@ -168,7 +180,7 @@ KINDS = ("one thing", "two things and their relation", "two or three of a kind",
 
 def prompt_following(ldm: LatentDiffusion, kind: str, count: int, seed: int = 10**6,
                      **settings) -> list[tuple[Image.Image, str, str]]:
-    """[(picture, caption, what is wrong or "")] for `count` captions of a kind, with fresh seeds."""
+    """[(picture, caption, what is wrong or "")] for count captions of a kind, with fresh seeds."""
     captions, judged = captions_of_kind(kind, count, seed), []
     for i in range(0, count, 25):
         images = ldm.generate(captions[i:i + 25], seed=seed + i, progress=False, **settings)
@@ -177,7 +189,8 @@ def prompt_following(ldm: LatentDiffusion, kind: str, count: int, seed: int = 10
 
 
 def altered(scene: Scene, rng: random.Random) -> Scene:
-    """A scene that differs in one word: a colour, a shape, a size, the background, the relation or the count."""
+    """A scene that differs in one word: a colour, a shape, a size, the background, the relation or
+    the count."""
     while True:
         things, background, relation = list(scene.things), scene.background, scene.relation
         what = rng.choice(("colour", "shape", "size", "background", "relation", "count"))
@@ -213,24 +226,30 @@ def test_judge_accepts_true_pictures_and_rejects_wrong_captions():
 
 def test_judge_rejects_noise_and_emptiness():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    assert judge(noise, "a red circle") and judge(Image.new("RGB", (64, 64), "white"), "a red circle")
+    assert judge(noise, "a red circle")
+    assert judge(Image.new("RGB", (64, 64), "white"), "a red circle")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fixtures: a model so small that a test takes no time, and the one that is shipped
 
 TINY = replace(
     SHAPES, name="tiny", image_size=32,
     text=tiny_ldm.TextConfig(vocab_size=500, max_length=16, width=16, num_layers=1, num_heads=2),
     vae=tiny_ldm.VAEConfig(channels=8, channel_mult=(1, 1, 1, 2), num_res_blocks=1, norm_groups=4),
-    unet=tiny_ldm.UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention=(True, False), num_heads=2,
-                             norm_groups=4))
+    unet=tiny_ldm.UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1,
+                             attention=(True, False), num_heads=2, norm_groups=4))
+
+
+def small_tokenizer(length: int) -> Tokenizer:
+    """At most 500 tokens, learned from captions of the Shapes world."""
+    captions = [caption_of(random_scene(random.Random(i))) for i in range(300)]
+    return Tokenizer.train(captions, 500, length)
 
 
 def tiny_model(seed: int = 0, **changes) -> LatentDiffusion:
     torch.manual_seed(seed)
-    tokenizer = Tokenizer.train([caption_of(random_scene(random.Random(i))) for i in range(300)], 500, 16)
-    ldm = LatentDiffusion(replace(TINY, **changes), tokenizer)
+    ldm = LatentDiffusion(replace(TINY, **changes), small_tokenizer(16))
     for p in ldm.parameters():          # no branch left at zero, so that a test sees every part
         torch.nn.init.normal_(p, std=0.2)
     return ldm.eval().requires_grad_(False)
@@ -246,12 +265,12 @@ def built_in():
     return LatentDiffusion.load()
 
 
-def run(*args, cwd=None, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(HERE / "tiny_ldm.py"), *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, **env})
+def run(*args, cwd=None, program="tiny_ldm.py", **env) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(HERE / program), *map(str, args)], cwd=cwd,
+                          capture_output=True, text=True, env={**os.environ, **env})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Config and parts, against plain definitions
 
 def count(module: torch.nn.Module) -> int:
@@ -277,10 +296,11 @@ def test_schedule_has_the_original_values():
     a = tiny_ldm.make_alphas_cumprod(SD1.schedule)
     assert a.dtype == torch.float64 and a.shape == (1000,)
     sigma = ((1 - a) / a) ** 0.5
-    for value, known in ((a[0], 0.99915), (a[1], 0.998296), (a[999], 0.0046601), (sigma[999], 14.6146),
-                         (sigma[0], 0.0291672)):
+    for value, known in ((a[0], 0.99915), (a[1], 0.998296), (a[999], 0.0046601),
+                         (sigma[999], 14.6146), (sigma[0], 0.0291672)):
         assert value.item() == pytest.approx(known, rel=1e-5)
-    closed = math.prod(1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * s / 999) ** 2 for s in range(501))
+    root = lambda s: 0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * s / 999
+    closed = math.prod(1 - root(s) ** 2 for s in range(501))
     assert a[500].item() == pytest.approx(closed, rel=1e-12)
 
 
@@ -322,7 +342,9 @@ def test_norm_epsilons_and_padding_are_the_originals():
     with torch.device("meta"):
         unet, vae = tiny_ldm.UNet(SD1.unet, 768), tiny_ldm.VAE(SD1.vae)
         text = tiny_ldm.TextEncoder(SD1.text)
-    for module, owner in [(m, o) for o in unet.modules() for m in o.children() if isinstance(m, torch.nn.GroupNorm)]:
+    norms = [(m, owner) for owner in unet.modules() for m in owner.children()
+             if isinstance(m, torch.nn.GroupNorm)]
+    for module, owner in norms:
         assert module.eps == (1e-6 if isinstance(owner, tiny_ldm.SpatialTransformer) else 1e-5)
     assert {m.eps for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {1e-6}
     assert {m.eps for m in text.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
@@ -333,14 +355,16 @@ def test_norm_epsilons_and_padding_are_the_originals():
 def test_group_norm_by_its_definition():
     m, x = tiny_ldm.GroupNorm(2, 4, 1e-2), 0.1 * torch.randn(3, 4, 5, 5)
     groups = x.view(3, 2, -1)
-    wanted = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, keepdim=True, unbiased=False) + 1e-2) ** 0.5
+    mean, variance = groups.mean(-1, keepdim=True), groups.var(-1, keepdim=True, unbiased=False)
+    wanted = (groups - mean) / (variance + 1e-2) ** 0.5
     torch.testing.assert_close(m(x), wanted.view_as(x))
     assert m(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_timestep_embedding_is_cos_then_sin():
     e = tiny_ldm.timestep_embedding(torch.tensor([7.0]), 4)[0]
-    torch.testing.assert_close(e, torch.tensor([math.cos(7), math.cos(0.07), math.sin(7), math.sin(0.07)]))
+    wanted = torch.tensor([math.cos(7), math.cos(0.07), math.sin(7), math.sin(0.07)])
+    torch.testing.assert_close(e, wanted)
     torch.testing.assert_close(tiny_ldm.timestep_embedding(torch.tensor([7]), 4)[0], e)
 
 
@@ -375,24 +399,32 @@ def test_shapes_of_the_public_parts(tiny):
     assert tiny.decode_latents(latents).abs().max() <= 1 and torch.equal(latents, before)
     sampled = tiny.encode_image(image, torch.Generator().manual_seed(0))
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(sampled, (mean + (0.5 * logvar).exp() * noise) * tiny.config.scale_factor)
+    wanted = (mean + (0.5 * logvar).exp() * noise) * tiny.config.scale_factor
+    torch.testing.assert_close(sampled, wanted)
 
 
 def test_text_encoder_is_causal(tiny):
     one, other = tiny.encode_text(["a red circle", "a red square"])
-    same = (tiny.tokenizer(["a red circle"])[0] == tiny.tokenizer(["a red square"])[0]).long().cumprod(0).bool()
-    assert same.sum() >= 3 and torch.equal(one[same], other[same]) and not torch.allclose(one[~same], other[~same])
+    ids = tiny.tokenizer(["a red circle", "a red square"])
+    same = (ids[0] == ids[1]).long().cumprod(0).bool()
+    assert same.sum() >= 3 and torch.equal(one[same], other[same])
+    assert not torch.allclose(one[~same], other[~same])
 
 
 def test_tokenizer_cuts_and_says_so(tiny, capsys):
     ids = tiny.tokenizer(["red " * 15 + "the end"])[0]
     assert len(ids) == 16 and ids[-1] == tiny.tokenizer.eos and ids[-2] != tiny.tokenizer.eos
-    assert capsys.readouterr().err == "tiny_ldm: the prompt is longer than 14 tokens; cut off: 'red the end'\n"
+    message = "tiny_ldm: the prompt is longer than 14 tokens; cut off: 'red the end'\n"
+    assert capsys.readouterr().err == message
     assert tiny.tokenizer.unknown_words("A RED astronaut") == ["astronaut"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Samplers, against exact answers
+
+SD1_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                    steps_offset=1, clip_sample=False)      # as diffusers calls it
+
 
 def test_every_number_of_steps_gives_that_many_timesteps():
     for steps in range(1, 1001):
@@ -402,10 +434,12 @@ def test_every_number_of_steps_gives_that_many_timesteps():
             assert ts == (np.arange(0, 1000, 1000 // steps) + 1)[::-1].tolist()
 
 
-@pytest.mark.parametrize("sampler, steps, eta", [("ddim", 50, 0), ("ddim", 200, 1), ("ddpm", 200, 0)])
+@pytest.mark.parametrize("sampler, steps, eta",
+                         [("ddim", 50, 0), ("ddim", 200, 1), ("ddpm", 200, 0)])
 def test_samplers_reproduce_a_gaussian(sampler, steps, eta):
-    """Data ~ N(m, s²): then xₜ ~ N(√ᾱ m, ᾱ s² + 1 − ᾱ) and the ideal ε is E[ε | xₜ], a formula. From data noised to the
-    first timestep, a sampler must arrive at data noised to the last level ᾱ₀."""
+    """Data ~ N(m, s²): then xₜ ~ N(√ᾱ m, ᾱ s² + 1 − ᾱ) and the ideal ε is E[ε | xₜ], a formula.
+    From data noised to the first timestep, a sampler must arrive at data noised to the last level
+    ᾱ₀."""
     m, s, a = 0.7, 0.4, tiny_ldm.make_alphas_cumprod(SD1.schedule)
 
     def ideal_eps(x, t):
@@ -416,12 +450,14 @@ def test_samplers_reproduce_a_gaussian(sampler, steps, eta):
     first = a[tiny_ldm.leading_timesteps(steps, 1000)[0]]
     start = first**0.5 * m + (first * s**2 + 1 - first) ** 0.5 * noise()
     *_, last = tiny_ldm.SAMPLERS[sampler](ideal_eps, start, a, steps, noise, eta)
-    assert last.x.mean().item() == pytest.approx(a[0].item() ** 0.5 * m, abs=0.02)
-    assert last.x.std().item() == pytest.approx((a[0].item() * s**2 + 1 - a[0].item()) ** 0.5, rel=0.06)
+    a0 = a[0].item()
+    assert last.x.mean().item() == pytest.approx(a0**0.5 * m, abs=0.02)
+    assert last.x.std().item() == pytest.approx((a0 * s**2 + 1 - a0) ** 0.5, rel=0.06)
 
 
 def test_ddim_converges_to_the_exact_solution_with_order_one():
-    """For Gaussian data the probability flow is a linear map of x: (x − √ᾱ m) / √(ᾱ s² + 1 − ᾱ) stays constant."""
+    """For Gaussian data the probability flow is a linear map of x: (x − √ᾱ m) / √(ᾱ s² + 1 − ᾱ)
+    stays constant."""
     m, s, a = 0.7, 0.4, tiny_ldm.make_alphas_cumprod(SD1.schedule)
     ideal = lambda x, t: (1 - a[t]) ** 0.5 * (x - a[t] ** 0.5 * m) / (a[t] * s**2 + 1 - a[t])
     spread = lambda ab: (ab * s**2 + 1 - ab) ** 0.5
@@ -432,7 +468,7 @@ def test_ddim_converges_to_the_exact_solution_with_order_one():
         exact = a[0] ** 0.5 * m + spread(a[0]) * (x - first**0.5 * m) / spread(first)
         *_, last = tiny_ldm.ddim(ideal, x, a, steps, None)
         errors.append((last.x - exact).abs().max().item())
-    assert 0.8 < math.log2(errors[0] / errors[1]) < 1.3 and 0.8 < math.log2(errors[1] / errors[2]) < 1.3
+    assert all(0.8 < math.log2(e / half) < 1.3 for e, half in zip(errors, errors[1:]))
 
 
 def test_ddim_with_eta_1_is_ddpm():
@@ -441,19 +477,20 @@ def test_ddim_with_eta_1_is_ddpm():
     for name in ("ddim", "ddpm"):
         g = torch.Generator().manual_seed(1)
         noise = lambda: torch.randn(5, generator=g, dtype=torch.float64)
-        walks.append([s.x for s in tiny_ldm.SAMPLERS[name](predict, noise(), a, 20, noise, eta=1.0)])
+        steps = tiny_ldm.SAMPLERS[name](predict, noise(), a, 20, noise, eta=1.0)
+        walks.append([s.x for s in steps])
     torch.testing.assert_close(walks[0], walks[1])
 
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0)])
 @pytest.mark.parametrize("steps", [1, 7, 50, 250])
 def test_samplers_equal_those_of_diffusers(sampler, eta, steps):
-    """Step by step, on a fixed "network". diffusers' DDPM ends its last step at ᾱ = 1, the original at ᾱ₀: left out."""
+    """Step by step, on a fixed "network". diffusers' DDPM ends its last step at ᾱ = 1, the original
+    at ᾱ₀: left out."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     kind, settings = {"ddim": (diffusers.DDIMScheduler, dict(set_alpha_to_one=False)),
                       "ddpm": (diffusers.DDPMScheduler, {})}[sampler]
-    scheduler = kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
-                     timestep_spacing="leading", **settings)
+    scheduler = kind(**SD1_SCHEDULE, timestep_spacing="leading", **settings)
     scheduler.set_timesteps(steps)
     predict = lambda x, t: torch.tanh(x * (1 + t / 1000))
     g = [torch.Generator().manual_seed(5) for _ in range(2)]
@@ -482,7 +519,7 @@ def test_whoever_iterates_may_look_and_change(tiny):
     assert not torch.equal(next(walk).x, plain[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LatentDiffusion
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
@@ -490,7 +527,8 @@ def test_picture_i_of_a_batch_is_the_picture_made_alone(tiny, sampler, eta):
     settings = dict(steps=5, sampler=sampler, eta=eta, progress=False)
     batch = tiny.generate(["a red circle", "two blue stars"], batch_size=2, seed=3, **settings)
     assert len(batch) == 4
-    for i, prompt in enumerate(["a red circle", "a red circle", "two blue stars", "two blue stars"]):
+    prompts = ["a red circle", "a red circle", "two blue stars", "two blue stars"]
+    for i, prompt in enumerate(prompts):
         alone = tiny.generate(prompt, seed=3 + i, **settings)[0]
         assert np.abs(np.asarray(batch[i], dtype=int) - np.asarray(alone)).max() <= 1
     again = tiny.generate(["a red circle", "two blue stars"], batch_size=2, seed=3, **settings)
@@ -498,7 +536,8 @@ def test_picture_i_of_a_batch_is_the_picture_made_alone(tiny, sampler, eta):
 
 
 def test_start_noise_is_that_of_one_cpu_generator_a_picture(tiny):
-    noise = torch.cat([torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+    draws = [torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(s)) for s in (7, 8)]
+    noise = torch.cat(draws)
     plain = [s.x for s in tiny.denoise("a", steps=3, seed=7, batch_size=2)]
     given = [s.x for s in tiny.denoise("a", steps=3, latents=noise, batch_size=2)]
     assert all(torch.equal(a, b) for a, b in zip(plain, given))
@@ -506,28 +545,33 @@ def test_start_noise_is_that_of_one_cpu_generator_a_picture(tiny):
 
 def test_guidance_is_a_line_from_the_negative_prompt_through_the_prompt(tiny):
     first = lambda **k: next(tiny.denoise("a red circle", steps=10, **k)).eps
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     e0, e1 = first(guidance_scale=0.0), first(guidance_scale=1.0)
-    torch.testing.assert_close(first(guidance_scale=4.0), e0 + 4 * (e1 - e0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(first(guidance_scale=0.0, negative_prompt="a red circle"), e1, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(next(tiny.denoise(tiny.encode_text("a red circle"), steps=10)).eps, first())
+    close(first(guidance_scale=4.0), e0 + 4 * (e1 - e0))
+    close(first(guidance_scale=0.0, negative_prompt="a red circle"), e1)
+    encoded = tiny.encode_text("a red circle")
+    torch.testing.assert_close(next(tiny.denoise(encoded, steps=10)).eps, first())
 
 
 def test_prediction_eps_and_v_differ_as_they_should(tiny):
     other = tiny_model(prediction="eps")
     a, b = (next(m.denoise("a", steps=2, guidance_scale=1.0)) for m in (tiny, other))
     start = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(a.eps, tiny_ldm.eps_from_v(start, b.eps, tiny.alphas_cumprod[a.t].item()),
-                               rtol=1e-4, atol=1e-3)
+    wanted = tiny_ldm.eps_from_v(start, b.eps, tiny.alphas_cumprod[a.t].item())
+    torch.testing.assert_close(a.eps, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_saved_and_loaded_is_the_same(tiny, tmp_path):
     tiny.save(tmp_path / "m.safetensors")
     loaded = LatentDiffusion.load(tmp_path / "m.safetensors", device="cpu")
-    assert loaded.config == tiny.config and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert all(torch.equal(p, q) for p, q in zip(tiny.state_dict().values(), loaded.state_dict().values()))
+    assert loaded.config == tiny.config and not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    again = loaded.state_dict()
+    assert all(torch.equal(p, again[name]) for name, p in tiny.state_dict().items())
     a, b = (m.generate("two stars", steps=3, progress=False)[0].tobytes() for m in (tiny, loaded))
     assert a == b
-    assert LatentDiffusion.load(tmp_path / "m.safetensors", dtype=torch.bfloat16).dtype == torch.bfloat16
+    half = LatentDiffusion.load(tmp_path / "m.safetensors", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
 
 
 def test_non_finite_is_an_error_not_a_black_picture():
@@ -542,11 +586,12 @@ def test_non_finite_is_an_error_not_a_black_picture():
 
 
 def test_importing_prints_nothing():
-    done = subprocess.run([sys.executable, "-c", "import tiny_ldm"], cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import tiny_ldm"], cwd=HERE, capture_output=True,
+                          text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The Shapes world
 
 def test_scenes_are_as_the_grammar_and_the_plan_say():
@@ -563,30 +608,36 @@ def test_scenes_are_as_the_grammar_and_the_plan_say():
         if scene.relation:
             (x0, y0, _), (x1, y1, _) = spots
             dx, dy = x1 - x0, y1 - y0
-            along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[scene.relation]
-            assert along > abs({"left of": dy, "right of": dy, "above": dx, "below": dx}[scene.relation])
+            along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}
+            across = {"left of": dy, "right of": dy, "above": dx, "below": dx}
+            assert along[scene.relation] > abs(across[scene.relation])
     held_out = {t for c in COLOURS for s in SHAPE_NAMES if is_held_out(t := Thing(c, s))}
     assert {f"{t.colour} {t.shape}" for t in held_out} == {
-        "red star", "orange triangle", "yellow square", "green circle", "blue cross", "purple ring", "black diamond",
-        "white heart"}
+        "red star", "orange triangle", "yellow square", "green circle", "blue cross",
+        "purple ring", "black diamond", "white heart"}
 
 
 def test_captions_read_well():
-    assert caption_of(Scene((Thing("orange", "ring", "large"),), None, "blue")) == "a large orange ring on a blue background"
-    assert caption_of(Scene((Thing("orange", "ring"), Thing("red", "star")), "left of")) == "an orange ring left of a red star"
-    assert caption_of(Scene((Thing("red", "cross", "small"),) * 3, None, "orange")) == \
-        "three small red crosses on an orange background"
+    for scene, caption in (
+            (Scene((Thing("orange", "ring", "large"),), None, "blue"),
+             "a large orange ring on a blue background"),
+            (Scene((Thing("orange", "ring"), Thing("red", "star")), "left of"),
+             "an orange ring left of a red star"),
+            (Scene((Thing("red", "cross", "small"),) * 3, None, "orange"),
+             "three small red crosses on an orange background")):
+        assert caption_of(scene) == caption
 
 
 def test_rephrased_captions_keep_what_matters():
-    texts = {tiny_ldm.rephrase("a small red circle left of an orange star on a blue background", random.Random(i))
-             for i in range(50)}
+    caption = "a small red circle left of an orange star on a blue background"
+    texts = {tiny_ldm.rephrase(caption, random.Random(i)) for i in range(50)}
     assert len(texts) > 20
     for text in texts:
-        assert all(word in text for word in ("red circle", "orange star", "blue background", "left of")), text
+        for words in ("red circle", "orange star", "blue background", "left of"):
+            assert words in text, text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 @pytest.fixture(autouse=True)
@@ -613,7 +664,8 @@ def test_one_step_of_training_lowers_the_loss():
     t, eps = torch.randint(1000, (8,)), torch.randn(8, 4, 4, 4)
     loss = lambda: tiny_ldm.diffusion_loss(ldm.unet, x0, context, a, "v", t, eps)
     image, noise = torch.rand(4, 3, 32, 32), torch.randn(4, 4, 4, 4)
-    for part, loss in ((ldm.unet, loss), (ldm.vae, lambda: tiny_ldm.vae_loss(ldm.vae, image, noise, 1e-4))):
+    for part, loss in ((ldm.unet, loss),
+                       (ldm.vae, lambda: tiny_ldm.vae_loss(ldm.vae, image, noise, 1e-4))):
         optimizer, before = tiny_ldm.Optimizer(dict(part.named_parameters())), loss()
         before.backward()
         optimizer.step(0.1)
@@ -629,9 +681,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_interrupted_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+def test_interrupted_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, one_thread):
     small_training(tmp_path / "whole.safetensors")
-    for stage in ("vae", "unet"):            # stopped once in each stage: by an error in the middle, after a checkpoint
+    for stage in ("vae", "unet"):      # stopped once in each: by an error, after a checkpoint
         real = tiny_ldm.Trainer.fit
 
         def breaks(self, name, params, loss_of, *rest):
@@ -646,7 +698,8 @@ def test_interrupted_training_equals_an_uninterrupted_one(tmp_path, monkeypatch)
             small_training(tmp_path / "parts.safetensors", save_minutes=0)
         monkeypatch.setattr(tiny_ldm.Trainer, "fit", real)
     small_training(tmp_path / "parts.safetensors")
-    whole, parts = (LatentDiffusion.load(tmp_path / f"{name}.safetensors", "cpu") for name in ("whole", "parts"))
+    whole, parts = (LatentDiffusion.load(tmp_path / f"{name}.safetensors", "cpu")
+                    for name in ("whole", "parts"))
     assert whole.config == parts.config
     assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
     assert not list(tmp_path.glob("*.part"))
@@ -666,7 +719,7 @@ def test_training_on_a_folder_then_from_its_weights(tmp_path):
     assert m.config.scale_factor == n.config.scale_factor != 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The built-in model, and the command
 
 def test_built_in_file_is_small_and_half_precision():
@@ -676,27 +729,29 @@ def test_built_in_file_is_small_and_half_precision():
 
 
 def test_command_makes_a_picture_and_says_only_its_name(tmp_path):
-    done = run("a red circle left of a blue square on a white background", "--steps", 3, "--film", "f.gif", cwd=tmp_path)
-    name = "a-red-circle-left-of-a-blue-square-on-a-white-background-0.png"
+    prompt = "a red circle left of a blue square on a white background"
+    done = run(prompt, "--steps", 3, "--film", "f.gif", cwd=tmp_path)
+    name = f"{prompt.replace(' ', '-')}-0.png"
     assert (done.returncode, done.stdout) == (0, f"{name}\nf.gif\n"), done.stderr
     assert "tiny_ldm:" not in done.stderr
     image = Image.open(tmp_path / name)
     assert image.size == (SHAPES.image_size,) * 2
     assert image.text["parameters"].splitlines() == [
-        "a red circle left of a blue square on a white background",
-        "Steps: 3, Sampler: ddim, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: shapes, Eta: 0, Precision: float32"]
+        prompt, "Steps: 3, Sampler: ddim, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: shapes, "
+                "Eta: 0, Precision: float32"]
     assert Image.open(tmp_path / "f.gif").n_frames >= 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [name, "f.gif"]
 
 
 def test_command_counts_seeds_and_tells_what_it_does_not_know(tmp_path):
-    done = run("an astronaut", "-n", 2, "--seed", 5, "--steps", 2, "-o", "x.png", "--film", "f.png", "--sampler", "ddpm",
-               "--negative-prompt", "a star", "--width", 128, cwd=tmp_path)
+    done = run("an astronaut", "-n", 2, "--seed", 5, "--steps", 2, "-o", "x.png", "--film", "f.png",
+               "--sampler", "ddpm", "--negative-prompt", "a star", "--width", 128, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "x-5.png\nx-6.png\nf.png\n"), done.stderr
     lines = [l for l in done.stderr.splitlines() if l.startswith("tiny_ldm:")]
     assert len(lines) == 1 and "astronaut" in lines[0] and "Stable Diffusion" in lines[0]
-    assert Image.open(tmp_path / "x-6.png").size == (128, 64)
-    assert Image.open(tmp_path / "x-6.png").text["parameters"].splitlines()[1] == "Negative prompt: a star"
+    image = Image.open(tmp_path / "x-6.png")
+    assert image.size == (128, 64)
+    assert image.text["parameters"].splitlines()[1] == "Negative prompt: a star"
 
 
 @pytest.fixture(scope="module")
@@ -712,10 +767,13 @@ def bad_files(tmp_path_factory):
     with safe_open(d / "tiny.safetensors", "pt") as f:
         metadata = f.metadata()
     tensors = load_file(d / "tiny.safetensors")
-    save_file({k: v for k, v in tensors.items() if "conv_in" not in k}, d / "missing.safetensors", metadata)
-    save_file({**tensors, "extra": torch.zeros(1)}, d / "extra.safetensors", metadata)
-    save_file({**tensors, "unet.conv_out.bias": torch.zeros(5)}, d / "shape.safetensors", metadata)
-    save_file({**tensors, "unet.conv_out.bias": torch.zeros(4, dtype=torch.int32)}, d / "ints.safetensors", metadata)
+    bias = "unet.conv_out.bias"
+    for name, changed in (
+            ("missing", {k: v for k, v in tensors.items() if "conv_in" not in k}),
+            ("extra", {**tensors, "extra": torch.zeros(1)}),
+            ("shape", {**tensors, bias: torch.zeros(5)}),
+            ("ints", {**tensors, bias: torch.zeros(4, dtype=torch.int32)})):
+        save_file(changed, d / f"{name}.safetensors", metadata)
     save_file(tensors, d / "config.safetensors", {**metadata, "config": "{"})
     save_file(tensors, d / "words.safetensors", {**metadata, "tokenizer": "{}"})
     (d / "empty").mkdir()
@@ -750,39 +808,49 @@ BAD = [
     (["a", "--weights", "cut.safetensors"], "cut.safetensors is no whole .safetensors file"),
     (["a", "--weights", "text.safetensors"], "text.safetensors is no whole .safetensors file"),
     (["a", "--weights", "other.safetensors"], "other.safetensors is no tiny_ldm weights file"),
-    (["a", "--weights", "official.safetensors"], "convert it first: python weights_convert.py official.safetensors"),
-    (["a", "--weights", "missing.safetensors"], "lacks 6 of 384 tensors: unet.conv_in.bias, unet.conv_in.weight, "),
+    (["a", "--weights", "official.safetensors"],
+     "convert it first: python weights_convert.py official.safetensors"),
+    (["a", "--weights", "missing.safetensors"],
+     "lacks 6 of 384 tensors: unet.conv_in.bias, unet.conv_in.weight, "),
     (["a", "--weights", "extra.safetensors"], "has unexpected 1 of 384 tensors: extra"),
-    (["a", "--weights", "shape.safetensors"], "has the wrong shape for 1 of 384 tensors: unet.conv_out.bias"),
-    (["a", "--weights", "ints.safetensors"], "has no floating-point numbers in 1 of 384 tensors: unet.conv_out.bias"),
+    (["a", "--weights", "shape.safetensors"],
+     "has the wrong shape for 1 of 384 tensors: unet.conv_out.bias"),
+    (["a", "--weights", "ints.safetensors"],
+     "has no floating-point numbers in 1 of 384 tensors: unet.conv_out.bias"),
     (["a", "--weights", "config.safetensors"], "config.safetensors has a damaged header"),
     (["a", "--weights", "words.safetensors"], "words.safetensors has a damaged header"),
     (["--train", "shapes"], "--train needs -o FILE"),
     (["--train", "shapes", "-o", "nowhere/x.safetensors"], "the folder nowhere does not exist"),
     (["--train", "nowhere", "-o", "x.safetensors"], "no folder nowhere to train on"),
     (["--train", "empty", "-o", "x.safetensors"], "no captioned pictures in empty"),
-    (["--train", "unreadable", "-o", "x.safetensors"], "unreadable/broken.png can't be read as a picture"),
+    (["--train", "unreadable", "-o", "x.safetensors"],
+     "unreadable/broken.png can't be read as a picture"),
     (["--train", "jsonl", "-o", "x.safetensors"], "jsonl/metadata.jsonl, line 1: needs"),
-] + ([] if torch.cuda.is_available() else [(["a", "--device", "cuda"], "there is no device 'cuda' here")])
+]
+if not torch.cuda.is_available():
+    BAD.append((["a", "--device", "cuda"], "there is no device 'cuda' here"))
 
 
-@pytest.mark.parametrize("args, message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize("args, message", BAD,
+                         ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_bad_input_is_one_line_and_exit_code_2(args, message, bad_files, monkeypatch, capsys):
     monkeypatch.chdir(bad_files)
     before = sorted(bad_files.rglob("*"))
     assert tiny_ldm.main(args) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("tiny_ldm: ") and err.count("\n") == 1 and message in err, err
+    assert out == "" and err.startswith("tiny_ldm: ") and err.count("\n") == 1
+    assert message in err, err
     assert sorted(bad_files.rglob("*")) == before
 
 
 def test_bad_input_from_the_shell(tmp_path):
     done = run("a", "--steps", 0, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "tiny_ldm: steps must be from 1 to 1000, not 0\n" and not list(tmp_path.iterdir())
+    assert done.stderr == "tiny_ldm: steps must be from 1 to 1000, not 0\n"
+    assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stable Diffusion 1.x: the converter, on narrow synthetic checkpoints in the official layout
 
 NARROW = replace(SD1, text=replace(SD1.text, vocab_size=500, width=64, num_layers=2, num_heads=1),
@@ -790,7 +858,8 @@ NARROW = replace(SD1, text=replace(SD1.text, vocab_size=500, width=64, num_layer
 
 
 def synthetic(name: str, shape: list[int]) -> torch.Tensor:
-    """Always the same numbers for a name, of a scale that keeps activations sane through the whole network."""
+    """Always the same numbers for a name, of a scale that keeps activations sane through the whole
+    network."""
     n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     if name.endswith("bias"):
         n *= 0.05
@@ -801,30 +870,35 @@ def synthetic(name: str, shape: list[int]) -> torch.Tensor:
     return torch.from_numpy(n)
 
 
+def official_shapes(config) -> dict[str, list[int]]:
+    """The names and shapes of a checkpoint in the official layout, from the converter's map."""
+    return {name: [entry.shape[0] // len(entry.official), *entry.shape[1:], *[1, 1] * entry.conv]
+            for entry in weights_convert.name_map(config).values() for name in entry.official}
+
+
 def official_tensors(config=NARROW) -> dict[str, torch.Tensor]:
-    """A whole checkpoint in the official layout, with the schedule tables and what else is in there."""
-    tensors = {}
-    for entry in weights_convert.name_map(config).values():
-        for name in entry.official:
-            shape = [entry.shape[0] // len(entry.official), *entry.shape[1:], *((1, 1) if entry.conv else ())]
-            tensors[name] = synthetic(name, shape)
-    tables = {name: torch.zeros(1000) for name in weights_convert.TABLES}
-    return {**tensors, **tables, f"{weights_convert.TEXT}.embeddings.position_ids": torch.arange(77)[None],
-            "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
+    """A whole checkpoint in the official layout, with the schedule tables and what else is in
+    there."""
+    return {**{name: synthetic(name, shape) for name, shape in official_shapes(config).items()},
+            **{name: torch.zeros(1000) for name in weights_convert.TABLES},
+            f"{weights_convert.TEXT}.embeddings.position_ids": torch.arange(77)[None],
+            "model_ema.decay": torch.tensor(0.9999),
+            "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     """A folder with a narrow checkpoint of every kind, and a small vocabulary."""
     d, tensors = tmp_path_factory.mktemp("official"), official_tensors()
-    tokenizer = Tokenizer.train([caption_of(random_scene(random.Random(i))) for i in range(300)], 500, 77)
+    tokenizer = small_tokenizer(77)
     (d / "tokenizer.json").write_text(tokenizer.backend.to_str())
     missing = NARROW.text.vocab_size - tokenizer.backend.get_vocab_size()
     key = f"{weights_convert.TEXT}.embeddings.token_embedding.weight"
     tensors[key] = tensors[key][: NARROW.text.vocab_size - missing].clone()
     save_file(tensors, d / "plain.safetensors")
     torch.save({"state_dict": tensors, "global_step": 1}, d / "plain.ckpt")
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, d / "half.safetensors")
+    half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(half, d / "half.safetensors")
     unet = {k: v for k, v in tensors.items() if k.startswith(weights_convert.UNET)}
     ema = {f"model_ema.{k[len('model.'):].replace('.', '')}": v for k, v in unet.items()}
     save_file({**tensors, **ema, **{k: v + 1 for k, v in unet.items()}}, d / "full-ema.safetensors")
@@ -832,49 +906,54 @@ def official(tmp_path_factory):
 
 
 def convert(source, out, folder, *more) -> int:
-    return weights_convert.main([str(source), "-o", str(out), "--tokenizer", str(folder / "tokenizer.json"), *more])
+    return weights_convert.main([str(source), "-o", str(out), "--tokenizer",
+                                 str(folder / "tokenizer.json"), *more])
 
 
-def test_the_map_covers_every_official_tensor():
-    """The names and shapes of the published file, sorted, as one hash; with 9 input channels for inpainting."""
-    for config, known in ((SD1, "dd0d17c940fbd3a9caaa5c0908f12bcc529c3920a6edcf30fe8eedab2d41b931"), (SD1_INPAINT, "1e54cd5f6b14b417c8ba329a678ebcd247819c297b8ad7dffd4871802835bff8")):
-        lines = []
-        for entry in weights_convert.name_map(config).values():
-            for name in entry.official:
-                shape = [entry.shape[0] // len(entry.official), *entry.shape[1:], *((1, 1) if entry.conv else ())]
-                lines.append(f"{name} {shape}")
-        assert len(set(lines)) == len(lines) == 686 + 248 + 196
-        assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == known
+@pytest.mark.parametrize("config, known", [
+    (SD1, "dd0d17c940fbd3a9caaa5c0908f12bcc529c3920a6edcf30fe8eedab2d41b931"),
+    (SD1_INPAINT, "1e54cd5f6b14b417c8ba329a678ebcd247819c297b8ad7dffd4871802835bff8")])
+def test_the_map_covers_every_official_tensor(config, known):
+    """The names and shapes of the published file, sorted, as one hash; with 9 input channels for
+    inpainting."""
+    lines = [f"{name} {shape}" for name, shape in official_shapes(config).items()]
+    assert len(lines) == 686 + 248 + 196
+    assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == known
 
 
-@pytest.mark.parametrize("name", ["plain.safetensors", "plain.ckpt", "half.safetensors", "full-ema.safetensors"])
+@pytest.mark.parametrize("name", ["plain.safetensors", "plain.ckpt", "half.safetensors",
+                                  "full-ema.safetensors"])
 def test_there_and_back_gives_the_same_bits(name, official, tmp_path, capsys):
-    assert convert(official / name, tmp_path / "t.safetensors", official) == 0
+    ours, theirs = tmp_path / "t.safetensors", tmp_path / "o.safetensors"
+    assert convert(official / name, ours, official) == 0
     assert ("EMA" in capsys.readouterr().err) == (name == "full-ema.safetensors")
-    ldm = LatentDiffusion.load(tmp_path / "t.safetensors", "cpu")
-    assert ldm.config.unet == NARROW.unet and ldm.config.prediction == "eps" and ldm.config.scale_factor == 0.18215
-    assert weights_convert.main(["--to", "official", str(tmp_path / "t.safetensors"), "-o", str(tmp_path / "o.safetensors")]) == 0
-    back, source = load_file(tmp_path / "o.safetensors"), load_file(official / "plain.safetensors")
+    ldm = LatentDiffusion.load(ours, "cpu")
+    assert ldm.config.unet == NARROW.unet
+    assert (ldm.config.prediction, ldm.config.scale_factor) == ("eps", 0.18215)
+    assert weights_convert.main(["--to", "official", str(ours), "-o", str(theirs)]) == 0
+    back, source = load_file(theirs), load_file(official / "plain.safetensors")
     assert len(back) == 686 + 248 + 196 - 16 * 10
     half = name == "half.safetensors"
     assert all(torch.equal(v, source[k].half() if half else source[k]) for k, v in back.items())
 
 
 def test_half_precision_on_request(official, tmp_path):
-    assert convert(official / "plain.safetensors", tmp_path / "t.safetensors", official, "--dtype", "float16") == 0
-    assert {v.dtype for v in load_file(tmp_path / "t.safetensors").values()} == {torch.float16}
+    out = tmp_path / "t.safetensors"
+    assert convert(official / "plain.safetensors", out, official, "--dtype", "float16") == 0
+    assert {v.dtype for v in load_file(out).values()} == {torch.float16}
 
 
 def test_what_lightning_left_in_a_checkpoint_is_inert(official, tmp_path, monkeypatch):
-    names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"]
+    names = ["pytorch_lightning", "pytorch_lightning.callbacks",
+             "pytorch_lightning.callbacks.model_checkpoint"]
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": names[-1]})
     sys.modules[names[-1]].ModelCheckpoint = ModelCheckpoint
     callback = ModelCheckpoint()
     callback.best = np.float64(0.5)
-    state = {"state_dict": load_file(official / "plain.safetensors"), "callbacks": {ModelCheckpoint: {"best": np.float32(1)}},
-             "more": callback}
+    state = {"state_dict": load_file(official / "plain.safetensors"), "more": callback,
+             "callbacks": {ModelCheckpoint: {"best": np.float32(1)}}}
     torch.save(state, tmp_path / "lightning.ckpt")
     for name in names:
         monkeypatch.delitem(sys.modules, name)
@@ -890,7 +969,8 @@ class Hostile:
 
 
 def test_a_hostile_pickle_is_refused_and_nothing_runs(official, tmp_path, capsys):
-    torch.save({"state_dict": load_file(official / "plain.safetensors"), "x": Hostile(tmp_path / "ran")}, tmp_path / "h.ckpt")
+    tensors = load_file(official / "plain.safetensors")
+    torch.save({"state_dict": tensors, "x": Hostile(tmp_path / "ran")}, tmp_path / "h.ckpt")
     assert convert(tmp_path / "h.ckpt", tmp_path / "t.safetensors", official) == 2
     assert "system" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["h.ckpt"]
@@ -899,8 +979,10 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(official, tmp_path, capsys
 def bad_checkpoint(kind: str, official: Path, d: Path) -> Path:
     tensors, path = load_file(official / "plain.safetensors"), d / "x.safetensors"
     name = f"{weights_convert.UNET}.out.2.bias"
-    raw = {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "page": b"<!DOCTYPE html><html>", "empty": b"",
-           "cut": (official / "plain.safetensors").read_bytes()[:100000], "cut ckpt": (official / "plain.ckpt").read_bytes()[:100000]}
+    raw = {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+           "page": b"<!DOCTYPE html><html>", "empty": b"",
+           "cut": (official / "plain.safetensors").read_bytes()[:100000],
+           "cut ckpt": (official / "plain.ckpt").read_bytes()[:100000]}
     if kind in raw:
         path = d / ("x.ckpt" if kind in ("pointer", "page", "cut ckpt") else "x.safetensors")
         path.write_bytes(raw[kind])
@@ -914,18 +996,25 @@ def bad_checkpoint(kind: str, official: Path, d: Path) -> Path:
     elif kind == "nan":
         tensors[name][2] = math.nan
     else:
-        tensors = {{"sd2": "cond_stage_model.model.token_embedding.weight", "sdxl": "conditioner.embedders.0.x",
-                    "lora": "lora_unet_down_blocks_0.lora_up.weight", "other": "x"}[kind]: torch.zeros(3)}
+        tensors = {{"sd2": "cond_stage_model.model.token_embedding.weight",
+                    "sdxl": "conditioner.embedders.0.x",
+                    "lora": "lora_unet_down_blocks_0.lora_up.weight",
+                    "other": "x"}[kind]: torch.zeros(3)}
     save_file(tensors, path)
     return path
 
 
 @pytest.mark.parametrize("kind, message", [
-    ("pointer", "is a git-LFS pointer"), ("page", "is an HTML page"), ("empty", "is empty"), ("cut", "is no whole .safetensors file"),
-    ("cut ckpt", "neither a .safetensors nor a whole torch file"), ("missing", "lacks model.diffusion_model.out.2.bias"),
-    ("more", "holds 1 tensors that Stable Diffusion 1.x has not: model.diffusion_model.label_emb.weight"),
-    ("shape", "model.diffusion_model.out.2.bias is torch.float32 [5]"), ("nan", "unet.conv_out.bias holds values that are not finite"),
-    ("sd2", "is Stable Diffusion 2.x"), ("sdxl", "is Stable Diffusion XL"), ("lora", "is a LoRA"), ("other", "is no Stable Diffusion 1.x")])
+    ("pointer", "is a git-LFS pointer"), ("page", "is an HTML page"), ("empty", "is empty"),
+    ("cut", "is no whole .safetensors file"),
+    ("cut ckpt", "neither a .safetensors nor a whole torch file"),
+    ("missing", "lacks model.diffusion_model.out.2.bias"),
+    ("more", "holds 1 tensors that Stable Diffusion 1.x has not: "
+             "model.diffusion_model.label_emb.weight"),
+    ("shape", "model.diffusion_model.out.2.bias is torch.float32 [5]"),
+    ("nan", "unet.conv_out.bias holds values that are not finite"),
+    ("sd2", "is Stable Diffusion 2.x"), ("sdxl", "is Stable Diffusion XL"),
+    ("lora", "is a LoRA"), ("other", "is no Stable Diffusion 1.x")])
 def test_bad_checkpoints_are_one_line_and_exit_code_2(kind, message, official, tmp_path, capsys):
     path = bad_checkpoint(kind, official, tmp_path)
     assert convert(path, tmp_path / "t.safetensors", official) == 2
@@ -934,25 +1023,28 @@ def test_bad_checkpoints_are_one_line_and_exit_code_2(kind, message, official, t
 
 
 def test_an_output_is_not_replaced_unasked(official, tmp_path, capsys):
-    (tmp_path / "t.safetensors").write_text("mine")
-    assert convert(official / "plain.safetensors", tmp_path / "t.safetensors", official) == 2
-    assert "exists already" in capsys.readouterr().err and (tmp_path / "t.safetensors").read_text() == "mine"
-    assert convert(official / "plain.safetensors", tmp_path / "t.safetensors", official, "--force") == 0
+    out = tmp_path / "t.safetensors"
+    out.write_text("mine")
+    assert convert(official / "plain.safetensors", out, official) == 2
+    assert "exists already" in capsys.readouterr().err and out.read_text() == "mine"
+    assert convert(official / "plain.safetensors", out, official, "--force") == 0
 
 
 def make_references(d: Path, factor: float):
-    """Narrow networks of diffusers and transformers with synthetic weights (all but the norms' times factor), and ours,
-    converted from a diffusers folder of them."""
+    """Narrow networks of diffusers and transformers with synthetic weights (all but the norms'
+    times factor), and ours, converted from a diffusers folder of them."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    widths = (32, 64, 128, 128)
-    tokenizer = Tokenizer.train([caption_of(random_scene(random.Random(i))) for i in range(300)], 500, 77)
-    unet = diffusers.UNet2DConditionModel(cross_attention_dim=64, attention_head_dim=8, block_out_channels=widths)
-    vae = diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                                  layers_per_block=2, block_out_channels=widths)
+    widths, tokenizer = (32, 64, 128, 128), small_tokenizer(77)
+    unet = diffusers.UNet2DConditionModel(
+        cross_attention_dim=64, attention_head_dim=8, block_out_channels=widths)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2, block_out_channels=widths)
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=1, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=1))
+        vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=64, intermediate_size=256,
+        num_hidden_layers=2, num_attention_heads=1, hidden_act="quick_gelu", bos_token_id=0,
+        eos_token_id=1))
     for model, name in ((unet, "unet"), (vae, "vae"), (text, "text_encoder")):
         model.eval().requires_grad_(False)
         for n, p in model.named_parameters():
@@ -975,8 +1067,9 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("factor", [1.0, 1e-2])
 def test_networks_equal_the_reference_implementations(factor, references, tmp_path):
-    """In float64, where nothing but a difference of meaning can show. With weights a hundredth as large, what reaches each
-    norm has a variance near the norm's epsilon: a wrong one shows as 0.1 and more, and on ordinary weights as 1e-5."""
+    """In float64, where nothing but a difference of meaning can show. With weights a hundredth as
+    large, what reaches each norm has a variance near the norm's epsilon: a wrong one shows as 0.1
+    and more, and on ordinary weights as 1e-5."""
     models = references if factor == 1.0 else make_references(tmp_path, factor)
     ldm, unet, vae, text = (copy.deepcopy(m).double() for m in models[:4])
     g = torch.Generator().manual_seed(0)
@@ -986,28 +1079,34 @@ def test_networks_equal_the_reference_implementations(factor, references, tmp_pa
         assert relative_error(ldm.text_encoder(ids), context) <= 1e-12
         x = torch.randn((2, 4, 16, 24), generator=g).double()
         for t in (0, 1, 500, 981, 999):
-            assert relative_error(ldm.unet(x, torch.tensor([t, t]), context), unet(x, t, context).sample) <= 1e-12
+            ours = ldm.unet(x, torch.tensor([t, t]), context)
+            assert relative_error(ours, unet(x, t, context).sample) <= 1e-12
         image = torch.rand((1, 3, 64, 128), generator=g).double() * 2 - 1
         posterior, (mean, logvar) = vae.encode(image).latent_dist, ldm.vae.encode(image)
-        assert relative_error(mean, posterior.mean) <= 1e-12 and relative_error(logvar, posterior.logvar) <= 1e-12
+        assert relative_error(mean, posterior.mean) <= 1e-12
+        assert relative_error(logvar, posterior.logvar) <= 1e-12
         assert relative_error(ldm.vae.decode(mean), vae.decode(mean).sample) <= 1e-12
 
 
 def test_diffusers_folders_of_every_age_convert_to_the_same(references, tmp_path):
     *_, d = references
     whole = load_file(d / "t.safetensors")
-    for part, stem, other in (("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
-                              ("vae", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16.safetensors"),
+    stem = "diffusion_pytorch_model"
+    for part, name, other in (("unet", stem, f"{stem}.bin"),
+                              ("vae", stem, f"{stem}.fp16.safetensors"),
                               ("text_encoder", "model", "pytorch_model.bin")):
         (tmp_path / part).mkdir()
-        tensors = load_file(next((d / part).glob(f"{stem}*.safetensors")))
+        tensors = load_file(next((d / part).glob(f"{name}*.safetensors")))
         if part == "vae":                     # the attention's names before diffusers 0.15
-            for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
-                tensors = {k.replace(f".attentions.0.{new}.", f".attentions.0.{old}."): v for k, v in tensors.items()}
-        if part == "text_encoder":            # the names before transformers 5, with the buffer of old files
-            tensors = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in tensors.items()}
+            for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                             ("to_out.0", "proj_attn")):
+                new, old = f".attentions.0.{new}.", f".attentions.0.{old}."
+                tensors = {k.replace(new, old): v for k, v in tensors.items()}
+        if part == "text_encoder":    # the names before transformers 5, with old files' buffer
+            tensors = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in tensors.items()}
             tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-        torch.save(tensors, tmp_path / part / other) if other.endswith("bin") else save_file(tensors, tmp_path / part / other)
+        save = torch.save if other.endswith("bin") else save_file
+        save(tensors, tmp_path / part / other)
     assert convert(tmp_path, tmp_path / "t.safetensors", d / "tokenizer") == 0
     again = load_file(tmp_path / "t.safetensors")
     assert again.keys() == whole.keys() and all(torch.equal(v, again[k]) for k, v in whole.items())
@@ -1018,10 +1117,11 @@ def hub(references, monkeypatch, tmp_path):
     """A local server that speaks for the hub: one repository, made of the folder above."""
     *_, d = references
     files = {str(p.relative_to(d)): p for p in d.rglob("*") if p.is_file() and p.parent != d}
-    info = json.dumps({"id": "some/model", "sha": "f" * 40, "siblings": [{"rfilename": name} for name in files],
-                       "private": False, "tags": [], "downloads": 0, "likes": 0}).encode()
-
-    tree = json.dumps([{"type": "file", "path": name, "size": p.stat().st_size, "oid": "0"} for name, p in files.items()]).encode()
+    info = json.dumps({"id": "some/model", "sha": "f" * 40, "private": False, "tags": [],
+                       "siblings": [{"rfilename": name} for name in files], "downloads": 0,
+                       "likes": 0}).encode()
+    tree = json.dumps([{"type": "file", "path": name, "size": p.stat().st_size, "oid": "0"}
+                       for name, p in files.items()]).encode()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -1042,33 +1142,36 @@ def hub(references, monkeypatch, tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+           "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     server.shutdown()
 
 
-def run_convert(*args, cwd, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(HERE / "weights_convert.py"), *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, **env})
+run_convert = functools.partial(run, program="weights_convert.py")
 
 
 def test_a_hub_repository_is_downloaded_and_converted(hub, references, tmp_path):
     done = run_convert("some/model", cwd=tmp_path, **hub)
     assert (done.returncode, done.stdout) == (0, "model.tiny_ldm.safetensors\n"), done.stderr
-    whole, again = load_file(references[-1] / "t.safetensors"), load_file(tmp_path / "model.tiny_ldm.safetensors")
+    whole = load_file(references[-1] / "t.safetensors")
+    again = load_file(tmp_path / "model.tiny_ldm.safetensors")
     assert all(torch.equal(v, again[k]) for k, v in whole.items())
     done = run_convert("some/other", cwd=tmp_path, **hub)
-    assert done.returncode == 2 and "some/other can't be had from the hub" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert "some/other can't be had from the hub" in done.stderr.splitlines()[-1]
 
 
 def test_without_a_vocabulary_the_error_says_what_to_pass(official, tmp_path, hub):
     done = run_convert(official / "plain.safetensors", cwd=tmp_path, **hub)
-    assert done.returncode == 2 and "pass --tokenizer with bpe_simple_vocab_16e6.txt.gz" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert "pass --tokenizer with bpe_simple_vocab_16e6.txt.gz" in done.stderr.splitlines()[-1]
 
 
 CLIP = Path(os.environ.get("TINY_LDM_CLIP_DIR", "nowhere"))
 
 
-@pytest.mark.skipif(not CLIP.is_dir(), reason="TINY_LDM_CLIP_DIR names no folder with CLIP's vocabulary")
+@pytest.mark.skipif(not CLIP.is_dir(),
+                    reason="TINY_LDM_CLIP_DIR names no folder with CLIP's vocabulary")
 def test_ids_are_those_of_clips_tokenizer(tmp_path, capsys):
     tokenizer = Tokenizer(weights_convert.read_tokenizer(CLIP / "bpe_simple_vocab_16e6.txt.gz"), 77)
     for line in (CLIP / "tokens.jsonl").read_text("utf-8").splitlines():
@@ -1078,14 +1181,16 @@ def test_ids_are_those_of_clips_tokenizer(tmp_path, capsys):
     vocab = tokenizer.backend.get_vocab()
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     merges = json.loads(tokenizer.backend.to_str())["model"]["merges"]
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
+    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
+    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n")
     assert weights_convert.read_tokenizer(tmp_path).to_str() == tokenizer.backend.to_str()
     capsys.readouterr()
     assert tokenizer(["a " * 75 + "red fox"])[0, -2:].tolist() == [320, 49407]
-    assert capsys.readouterr().err == "tiny_ldm: the prompt is longer than 75 tokens; cut off: 'red fox'\n"
+    message = "tiny_ldm: the prompt is longer than 75 tokens; cut off: 'red fox'\n"
+    assert capsys.readouterr().err == message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def print_table(argv: list[str]) -> None:
     """The README's table of prompt-following, a row a kind of caption, and its grid of pictures."""
@@ -1101,8 +1206,10 @@ def print_table(argv: list[str]) -> None:
     ldm, rows = LatentDiffusion.load(args.weights), []
     print("| captions | right |\n|---|---|")
     for kind in KINDS:
-        judged = prompt_following(ldm, kind, args.count, steps=args.steps, guidance_scale=args.guidance_scale)
-        print(f"| {kind} | {100 * sum(not wrong for _, _, wrong in judged) / len(judged):.1f} % |", flush=True)
+        judged = prompt_following(ldm, kind, args.count, steps=args.steps,
+                                  guidance_scale=args.guidance_scale)
+        right = sum(not wrong for _, _, wrong in judged) / len(judged)
+        print(f"| {kind} | {100 * right:.1f} % |", flush=True)
         rows += judged[:6]
         if args.failures:
             print("\n".join(f"    {caption}: {wrong}" for _, caption, wrong in judged if wrong))

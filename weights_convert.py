@@ -254,7 +254,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         refused = [name for name in names if not name.startswith(INERT)]
         if refused:
             raise InputError(f"{path} asks for {', '.join(refused[:3])}, which no checkpoint "
-                             "needs; refused, and nothing in it has run; get it from a source you trust")
+                             "needs; refused, and nothing in it has run; get it from a source you "
+                             "trust")
         stand_ins = [(inert(name.rsplit(".")[-1]), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
