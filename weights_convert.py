@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import errno
 import gzip
 import hashlib
 import json
@@ -33,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
-                      LatentDiffusion, clip_backend, read_text, read_weights,
+                      LatentDiffusion, TextConfig, clip_backend, read_text, read_weights,
                       shortened, write_whole)
 
 # %% 1. The map
@@ -248,7 +247,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """A .ckpt or .bin: a zip with a pickle in it. A pickle is a program; torch's reader runs only
     the few instructions that make tensors and plain values, and refuses names it does not know."""
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is neither a .safetensors nor a whole torch file; get it again")
+        raise InputError(f"{path} is neither a .safetensors nor a whole .ckpt (a zip, as torch "
+                         "writes it since 1.6); get it again")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = [name for name in names if not name.startswith(INERT)]
@@ -382,17 +382,20 @@ def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
     vocab_size, width = shape("text_encoder", "token_embedding")
     length = shape("text_encoder", "position_embedding")[0]
     layers = {n for n in tensors if re.search(r"encoder\.layers\.\d+\.layer_norm1\.weight$", n)}
-    base = SD1_INPAINT if conv_in[1] == 9 else SD1
-    text = replace(base.text, vocab_size=vocab_size, width=width, max_length=length,
-                   num_layers=len(layers), num_heads=max(1, width // 64))
-    return replace(base, text=text, vae=replace(base.vae, channels=vae[0]),
-                   unet=replace(base.unet, channels=conv_in[0]))
+    text = TextConfig(vocab_size, length, width, len(layers), num_heads=max(1, width // 64))
+    return like_sd1(conv_in[1], conv_in[0], vae[0], text)
+
+
+def like_sd1(in_channels: int, unet_channels: int, vae_channels: int, text: TextConfig) -> Config:
+    base = SD1_INPAINT if in_channels == SD1_INPAINT.unet.in_channels else SD1
+    return replace(base, text=text, vae=replace(base.vae, channels=vae_channels),
+                   unet=replace(base.unet, channels=unet_channels))
 
 
 def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
     """Names what is not Stable Diffusion 1.x."""
     marks = {"a LoRA, which changes a checkpoint and is none": r"lora_|\.lora\.",
-             "Stable Diffusion XL": r"^conditioner\.",
+             "Stable Diffusion XL": r"^conditioner\.|^unet\.add_embedding\.",
              "Stable Diffusion 2.x": r"^cond_stage_model\.model\."}
     kinds = [kind for kind, mark in marks.items() if any(re.search(mark, n) for n in tensors)]
     embedding = tensors.get("text_encoder.embeddings.token_embedding.weight")
@@ -423,8 +426,9 @@ def find_sources(entries: dict[str, Entry], tensors: dict[str, Tensor], official
         out[ours] = [tensors[n] for n in names]
         for n, t in zip(names, out[ours]):
             want = [entry.shape[0] // len(names), *entry.shape[1:]]
-            if not t.is_floating_point() or list(t.shape) not in (want, [*want, 1, 1]):
-                raise InputError(f"{source}: {n} is {t.dtype} {list(t.shape)} and should be {want}")
+            if t.dtype not in CODES or list(t.shape) not in (want, [*want, 1, 1]):
+                raise InputError(f"{source}: {n} is {t.dtype} {list(t.shape)} and should be {want} "
+                                 "in 16 to 64 bits; get it again")
     ignored = re.compile("|".join([r".*\.position_ids", r"model_ema\.(decay|num_updates)", *TABLES]
                                   + [UNET + r"\..*"] * ema))
     unknown = sorted(n for n in tensors if n not in used and not ignored.fullmatch(n))
@@ -443,6 +447,10 @@ def forget(t: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)  # DONTNEED
 
 
+# What a .safetensors calls the number formats that there are (8-bit floats can't be stacked).
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+
+
 class Plan(NamedTuple):
     """A tensor to write: `make` is called when its turn comes."""
     shape: tuple[int, ...]
@@ -453,11 +461,10 @@ class Plan(NamedTuple):
 def write_safetensors(path: Path, plan: dict[str, Plan], metadata: dict[str, str]) -> None:
     """A .safetensors, tensor by tensor: the header's length, the header as JSON, the bytes. Raises
     InputError for values that are not finite, and for a disk that is full."""
-    codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     header, at = {"__metadata__": metadata}, 0
     for name, (shape, dtype, _) in plan.items():
         end = at + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
@@ -475,11 +482,7 @@ def write_safetensors(path: Path, plan: dict[str, Plan], metadata: dict[str, str
                                      "file again, or try --dtype float32")
                 file.write(t.view(torch.uint8).numpy().data)
 
-    try:
-        write_whole(path, write)
-    except OSError as e:
-        why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror
-        raise InputError(f"{path} can't be written: {why}") from None
+    write_whole(path, write)
 
 
 def may_write(out: Path, force: bool) -> None:
@@ -513,7 +516,8 @@ def convert(source: str, out: Path | None = None, dtype: torch.dtype | None = No
     try:
         config = config_of(tensors, official)
     except InputError as e:
-        raise InputError(f"{source} is no Stable Diffusion 1.x: it {e}") from None
+        raise InputError(f"{source} is no Stable Diffusion 1.x: it {e}; README.md names files that "
+                         "are") from None
     entries = name_map(config)
     parts = find_sources(entries, tensors, official, source)
     backend = find_tokenizer(tokenizer, None if official else path)
@@ -537,9 +541,13 @@ def to_official(source: str, out: Path | None = None, dtype: torch.dtype | None 
     Returns its name. Raises InputError."""
     out = out or Path(f"{Path(source).stem}.official.safetensors")
     may_write(out, force)
-    config, _, tensors = read_weights(Path(source), torch.device("cpu"))
+    c, _, tensors = read_weights(Path(source), torch.device("cpu"))
+    like = like_sd1(c.unet.in_channels, c.unet.channels, c.vae.channels, c.text)
+    if replace(like, name=c.name, image_size=c.image_size) != c:
+        raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x; the official "
+                         "layout has no names for it")
     plan = {}
-    for ours, entry in name_map(config).items():
+    for ours, entry in name_map(c).items():
         for name, piece in zip(entry.official, tensors[ours].chunk(len(entry.official))):
             shape = (*piece.shape, 1, 1) if entry.conv else tuple(piece.shape)
             plan[name] = Plan(shape, dtype or piece.dtype, lambda p=piece, s=shape: p.reshape(s))
