@@ -4,6 +4,7 @@
     python test_tiny_ldm.py 200             the README's table: 200 captions of each kind, judged
                                             from the pixels
     python test_tiny_ldm.py 200 --weights FILE
+    python test_tiny_ldm.py --golden        the reference implementations' numbers in GOLDEN
 """
 import copy
 import functools
@@ -21,6 +22,7 @@ import types
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pytest
@@ -853,21 +855,21 @@ def test_bad_input_from_the_shell(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # Stable Diffusion 1.x: the converter, on narrow synthetic checkpoints in the official layout
 
-NARROW = replace(SD1, text=replace(SD1.text, vocab_size=500, width=64, num_layers=2, num_heads=1),
+NARROW = replace(SD1, text=tiny_ldm.TextConfig(small_tokenizer(77).backend.get_vocab_size(),
+                                               width=64, num_layers=2, num_heads=1),
                  vae=replace(SD1.vae, channels=32), unet=replace(SD1.unet, channels=32))
 
 
-def synthetic(name: str, shape: list[int]) -> torch.Tensor:
+def synthetic(name: str, shape: list[int], factor: float = 1.0) -> torch.Tensor:
     """Always the same numbers for a name, of a scale that keeps activations sane through the whole
-    network."""
-    n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    network; all but the norms' weights times factor."""
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    n = torch.from_numpy(random.standard_normal(shape).astype(np.float32))
     if name.endswith("bias"):
-        n *= 0.05
-    elif len(shape) == 1:
-        n = 1 + 0.1 * n
-    else:
-        n *= 0.5 if "embedding" in name else math.prod(shape[1:]) ** -0.5
-    return torch.from_numpy(n)
+        return 0.05 * factor * n
+    if len(shape) == 1:
+        return 1 + 0.1 * n
+    return factor * (0.5 if "embedding" in name else math.prod(shape[1:]) ** -0.5) * n
 
 
 def official_shapes(config) -> dict[str, list[int]]:
@@ -876,10 +878,11 @@ def official_shapes(config) -> dict[str, list[int]]:
             for entry in weights_convert.name_map(config).values() for name in entry.official}
 
 
-def official_tensors(config=NARROW) -> dict[str, torch.Tensor]:
+def official_tensors(config=NARROW, factor: float = 1.0) -> dict[str, torch.Tensor]:
     """A whole checkpoint in the official layout, with the schedule tables and what else is in
     there."""
-    return {**{name: synthetic(name, shape) for name, shape in official_shapes(config).items()},
+    shapes = official_shapes(config)
+    return {**{name: synthetic(name, shape, factor) for name, shape in shapes.items()},
             **{name: torch.zeros(1000) for name in weights_convert.TABLES},
             f"{weights_convert.TEXT}.embeddings.position_ids": torch.arange(77)[None],
             "model_ema.decay": torch.tensor(0.9999),
@@ -890,11 +893,7 @@ def official_tensors(config=NARROW) -> dict[str, torch.Tensor]:
 def official(tmp_path_factory):
     """A folder with a narrow checkpoint of every kind, and a small vocabulary."""
     d, tensors = tmp_path_factory.mktemp("official"), official_tensors()
-    tokenizer = small_tokenizer(77)
-    (d / "tokenizer.json").write_text(tokenizer.backend.to_str())
-    missing = NARROW.text.vocab_size - tokenizer.backend.get_vocab_size()
-    key = f"{weights_convert.TEXT}.embeddings.token_embedding.weight"
-    tensors[key] = tensors[key][: NARROW.text.vocab_size - missing].clone()
+    (d / "tokenizer.json").write_text(small_tokenizer(77).backend.to_str())
     save_file(tensors, d / "plain.safetensors")
     torch.save({"state_dict": tensors, "global_step": 1}, d / "plain.ckpt")
     half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -1007,7 +1006,7 @@ def bad_checkpoint(kind: str, official: Path, d: Path) -> Path:
 @pytest.mark.parametrize("kind, message", [
     ("pointer", "is a git-LFS pointer"), ("page", "is an HTML page"), ("empty", "is empty"),
     ("cut", "is no whole .safetensors file"),
-    ("cut ckpt", "neither a .safetensors nor a whole torch file"),
+    ("cut ckpt", "is neither a .safetensors nor a whole .ckpt"),
     ("missing", "lacks model.diffusion_model.out.2.bias"),
     ("more", "holds 1 tensors that Stable Diffusion 1.x has not: "
              "model.diffusion_model.label_emb.weight"),
@@ -1030,30 +1029,179 @@ def test_an_output_is_not_replaced_unasked(official, tmp_path, capsys):
     assert convert(official / "plain.safetensors", out, official, "--force") == 0
 
 
-def make_references(d: Path, factor: float):
-    """Narrow networks of diffusers and transformers with synthetic weights (all but the norms'
-    times factor), and ours, converted from a diffusers folder of them."""
+class Networks(NamedTuple):
+    """Ours or the references', to be called alike."""
+    text: Callable        # ids -> context
+    unet: Callable        # x, t (one number), context -> noise
+    encode: Callable      # image -> mean and log-variance, one above the other
+    decode: Callable      # z -> image
+    ddim: Callable        # x, [empty context, context], steps -> latents; guidance 7.5
+
+
+def our_networks(ldm: LatentDiffusion) -> Networks:
+    def ddim(x, context, steps):
+        *_, last = ldm.denoise(context[1:], context[:1], steps=steps, latents=x)
+        return last.x
+
+    return Networks(ldm.text_encoder,
+                    lambda x, t, context: ldm.unet(x, torch.full((len(x),), t), context),
+                    lambda image: torch.cat(ldm.vae.encode(image), dim=1), ldm.vae.decode, ddim)
+
+
+def their_networks(text, unet, vae) -> Networks:
+    import diffusers
+    scheduler = diffusers.DDIMScheduler(**SD1_SCHEDULE, set_alpha_to_one=False)
+
+    def encode(image):
+        posterior = vae.encode(image).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def ddim(x, context, steps):
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            empty, prompt = unet(torch.cat([x, x]), t, context).sample.chunk(2)
+            x = scheduler.step(empty + 7.5 * (prompt - empty), t, x).prev_sample
+        return x
+
+    return Networks(lambda ids: text(ids).last_hidden_state,
+                    lambda x, t, context: unet(x, t, context).sample,
+                    encode, lambda z: vae.decode(z).sample, ddim)
+
+
+def reference_models(c: tiny_ldm.Config) -> tuple:
+    """transformers' text encoder, diffusers' U-Net and VAE, as wide as c says."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    widths, tokenizer = (32, 64, 128, 128), small_tokenizer(77)
+    widths = lambda part: tuple(part.channels * m for m in part.channel_mult)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=c.text.vocab_size, hidden_size=c.text.width, hidden_act="quick_gelu",
+        intermediate_size=4 * c.text.width, num_hidden_layers=c.text.num_layers,
+        num_attention_heads=c.text.num_heads, bos_token_id=0, eos_token_id=1))
     unet = diffusers.UNet2DConditionModel(
-        cross_attention_dim=64, attention_head_dim=8, block_out_channels=widths)
+        cross_attention_dim=c.text.width, attention_head_dim=8, block_out_channels=widths(c.unet))
     vae = diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=2, block_out_channels=widths)
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=64, intermediate_size=256,
-        num_hidden_layers=2, num_attention_heads=1, hidden_act="quick_gelu", bos_token_id=0,
-        eos_token_id=1))
-    for model, name in ((unet, "unet"), (vae, "vae"), (text, "text_encoder")):
-        model.eval().requires_grad_(False)
+        layers_per_block=2, block_out_channels=widths(c.vae))
+    return tuple(model.eval().requires_grad_(False) for model in (text, unet, vae))
+
+
+def load_official(models: tuple, tensors: dict[str, torch.Tensor]) -> tuple:
+    """Puts official tensors into reference_models, renamed by diffusers' own rules."""
+    from diffusers.loaders import single_file_utils as rules
+    text, unet, vae = models
+    getattr(text, "text_model", text).load_state_dict(
+        {n.removeprefix(f"{weights_convert.TEXT}."): t for n, t in tensors.items()
+         if n.startswith(weights_convert.TEXT) and not n.endswith("position_ids")}, assign=True)
+    unet.load_state_dict(rules.convert_ldm_unet_checkpoint(tensors, unet.config), assign=True)
+    vae.load_state_dict(rules.convert_ldm_vae_checkpoint(tensors, vae.config), assign=True)
+    return models
+
+
+@torch.no_grad()
+def outputs(n: Networks, dtype=torch.float64, steps: int = 10) -> dict[str, torch.Tensor]:
+    """What the networks make of inputs that are always the same."""
+    random = np.random.RandomState(0)
+    normal = lambda *shape: torch.from_numpy(random.standard_normal(shape)).to(dtype)
+    context = n.text(torch.from_numpy(random.randint(0, 200, (2, 77))))
+    x = normal(2, 4, 16, 24)
+    return {"text encoder": context, "U-Net, t = 1": n.unet(x, 1, context),
+            "U-Net, t = 981": n.unet(x, 981, context),
+            "VAE, encode": n.encode(normal(1, 3, 64, 128).clamp(-1, 1)),
+            "VAE, decode": n.decode(normal(1, 4, 8, 16)),
+            f"DDIM, {steps} steps": n.ddim(normal(1, 4, 16, 24), context, steps)}
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# Six values of each of the `outputs` of transformers 5.24 and diffusers 0.42 for the narrow
+# checkpoint `official_tensors(factor=...)`, in float64: `python test_tiny_ldm.py --golden` prints
+# them.
+GOLDEN = {
+    1.0: {
+        "text encoder":
+            [-1.95908064, 0.459222536, -0.411673869, 0.727314733, 0.83116248,
+             -0.725095146],
+        "U-Net, t = 1":
+            [0.0287531323, -0.222705155, 0.163893726, -0.106276206, 0.695494123,
+             0.58126671],
+        "U-Net, t = 981":
+            [0.0119283241, -0.242865625, 0.230685415, -0.12657128, 0.756475439,
+             0.64293544],
+        "VAE, encode":
+            [-0.331881637, -0.718639676, -0.0350717757, -0.26515887, -0.0904472945,
+             0.0956287005],
+        "VAE, decode":
+            [-0.155510369, -0.0842387059, 0.0946416495, 0.101547478, 0.116879312,
+             0.891462928],
+        "DDIM, 10 steps":
+            [3.35050752, 4.19511023, -9.56790971, 10.6799355, 8.27845551, 11.548071],
+    },
+    0.01: {
+        "text encoder":
+            [-0.120533875, -0.336852009, 0.0390874062, 0.210487275, 0.101134055,
+             0.234540763],
+        "U-Net, t = 1":
+            [-0.000679867348, -0.00102797067, -0.000451912314, -0.00393350119,
+             0.00346159338, -0.00636485595],
+        "U-Net, t = 981":
+            [-0.000679865692, -0.00102796825, -0.000451925888, -0.00393350052,
+             0.00346160448, -0.00636485313],
+        "VAE, encode":
+            [-0.00139349109, -0.000466821574, 0.00012564734, 0.000248715242,
+             -0.000195638581, -0.000159050153],
+        "VAE, decode":
+            [-0.00269819821, -0.00446293318, 0.00253607057, -0.00172857482,
+             -0.000882066579, 0.00285158645],
+        "DDIM, 10 steps":
+            [0.772402913, 2.64802019, -4.44713666, 14.9902051, 7.51345329,
+             1.07380891],
+    },
+}
+
+
+def six_of(outputs: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    return {name: t.flatten()[:: t.numel() // 6][:6].tolist() for name, t in outputs.items()}
+
+
+def print_golden() -> None:
+    for factor in (1.0, 1e-2):
+        models = load_official(reference_models(NARROW), official_tensors(factor=factor))
+        values = six_of(outputs(their_networks(*(model.double() for model in models))))
+        print(f"    {factor}: {{")
+        for name, six in values.items():
+            numbers = textwrap.wrap(", ".join(f"{v:.9g}" for v in six), 70)
+            print(f'        "{name}":\n            [' + "\n             ".join(numbers) + "],")
+        print("    },")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-2])
+def test_networks_give_the_golden_numbers(factor, official, tmp_path):
+    """Needs neither diffusers nor transformers. In float64, where nothing but a difference of
+    meaning can show (the walk's latents are float32). With weights a hundredth as large, what
+    reaches each norm has a variance near the norm's epsilon: a wrong one shows as 0.1 and more, and
+    on ordinary weights as 1e-5."""
+    save_file(official_tensors(factor=factor), tmp_path / "plain.safetensors")
+    assert convert(tmp_path / "plain.safetensors", tmp_path / "t.safetensors", official) == 0
+    ldm = LatentDiffusion.load(tmp_path / "t.safetensors", "cpu", torch.float64)
+    for name, found in six_of(outputs(our_networks(ldm))).items():
+        error = relative_error(torch.tensor(found), torch.tensor(GOLDEN[factor][name]))
+        assert error <= (1e-5 if "DDIM" in name else 1e-7), name
+
+
+def make_references(d: Path, factor: float) -> tuple:
+    """A diffusers folder of narrow networks with synthetic weights: (ours, converted from it; the
+    references; the folder)."""
+    models = reference_models(NARROW)
+    for model, name in zip(models, ("text_encoder", "unet", "vae")):
         for n, p in model.named_parameters():
-            p.copy_(synthetic(n, list(p.shape)) * (1.0 if "norm" in n else factor))
+            p.copy_(synthetic(n, list(p.shape), factor))
         model.save_pretrained(d / name)
     (d / "tokenizer").mkdir()
-    (d / "tokenizer" / "tokenizer.json").write_text(tokenizer.backend.to_str())
+    (d / "tokenizer" / "tokenizer.json").write_text(small_tokenizer(77).backend.to_str())
     assert weights_convert.main([str(d), "-o", str(d / "t.safetensors")]) == 0
-    return LatentDiffusion.load(d / "t.safetensors", "cpu"), unet, vae, text, d
+    return LatentDiffusion.load(d / "t.safetensors", "cpu"), models, d
 
 
 @pytest.fixture(scope="module")
@@ -1061,31 +1209,26 @@ def references(tmp_path_factory):
     return make_references(tmp_path_factory.mktemp("diffusers"), 1.0)
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 @pytest.mark.parametrize("factor", [1.0, 1e-2])
 def test_networks_equal_the_reference_implementations(factor, references, tmp_path):
-    """In float64, where nothing but a difference of meaning can show. With weights a hundredth as
-    large, what reaches each norm has a variance near the norm's epsilon: a wrong one shows as 0.1
-    and more, and on ordinary weights as 1e-5."""
-    models = references if factor == 1.0 else make_references(tmp_path, factor)
-    ldm, unet, vae, text = (copy.deepcopy(m).double() for m in models[:4])
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        ids = ldm.tokenizer(["a red circle", "an astronaut riding a horse"])
-        context = text(ids).last_hidden_state
-        assert relative_error(ldm.text_encoder(ids), context) <= 1e-12
-        x = torch.randn((2, 4, 16, 24), generator=g).double()
-        for t in (0, 1, 500, 981, 999):
-            ours = ldm.unet(x, torch.tensor([t, t]), context)
-            assert relative_error(ours, unet(x, t, context).sample) <= 1e-12
-        image = torch.rand((1, 3, 64, 128), generator=g).double() * 2 - 1
-        posterior, (mean, logvar) = vae.encode(image).latent_dist, ldm.vae.encode(image)
-        assert relative_error(mean, posterior.mean) <= 1e-12
-        assert relative_error(logvar, posterior.logvar) <= 1e-12
-        assert relative_error(ldm.vae.decode(mean), vae.decode(mean).sample) <= 1e-12
+    """From a diffusers folder, live, at every value."""
+    ldm, models, _ = references if factor == 1.0 else make_references(tmp_path, factor)
+    ldm, *models = (copy.deepcopy(m).double() for m in (ldm, *models))
+    ours, theirs = outputs(our_networks(ldm)), outputs(their_networks(*models))
+    for name, found in ours.items():
+        error = relative_error(found, theirs[name])
+        assert error <= (1e-5 if "DDIM" in name else 1e-12), name
+
+
+def test_diffusers_reads_what_is_written_in_the_official_layout(references, tmp_path):
+    """By its own rules, and from tensors that came by way of a diffusers folder and ours."""
+    ldm, models, d = references
+    back = tmp_path / "o.safetensors"
+    assert weights_convert.main(["--to", "official", str(d / "t.safetensors"), "-o", str(back)]) == 0
+    again = load_official(reference_models(NARROW), load_file(back))
+    for model, read in zip(models, again):
+        state = read.state_dict()
+        assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
 
 
 def test_diffusers_folders_of_every_age_convert_to_the_same(references, tmp_path):
@@ -1230,4 +1373,4 @@ def labelled(image: Image.Image, caption: str, wrong: str) -> Image.Image:
 
 
 if __name__ == "__main__":
-    print_table(sys.argv[1:])
+    print_golden() if sys.argv[1:] == ["--golden"] else print_table(sys.argv[1:])
