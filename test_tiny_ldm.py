@@ -16,8 +16,10 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
+import time
 import types
 import zlib
 from dataclasses import replace
@@ -424,89 +426,155 @@ def test_tokenizer_cuts_and_says_so(tiny, capsys):
 # --------------------------------------------------------------------------------------------------
 # Samplers, against exact answers
 
-SD1_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                    steps_offset=1, clip_sample=False)      # as diffusers calls it
+SD1_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+ALPHAS_CUMPROD = tiny_ldm.make_alphas_cumprod(SD1.schedule)
 
 
-def test_every_number_of_steps_gives_that_many_timesteps():
+def walk(sampler: str, predict_eps, x, steps: int, noise=None, eta: float = 0.0):
+    """All steps of a sampler, from x at its first noise level."""
+    way = tiny_ldm.SAMPLERS[sampler]
+    return list(way.walk(predict_eps, x, way.plan(steps, ALPHAS_CUMPROD), noise, eta))
+
+
+@pytest.mark.parametrize("sampler", tiny_ldm.SAMPLERS)
+def test_every_number_of_steps_gives_that_many_steps(sampler):
+    way = tiny_ldm.SAMPLERS[sampler]
     for steps in range(1, 1001):
-        ts = tiny_ldm.leading_timesteps(steps, 1000)
-        assert len(ts) == steps and max(ts) <= 999 and ts[-1] == 1
-        if 1000 % steps == 0 and steps < 1000:
-            assert ts == (np.arange(0, 1000, 1000 // steps) + 1)[::-1].tolist()
+        legs = way.plan(steps, ALPHAS_CUMPROD)
+        levels = [leg.alpha_bar for leg in legs] + [legs[-1].next_alpha_bar]
+        assert [leg.index for leg in legs] == list(range(steps))
+        assert all(0 <= leg.t <= 999 for leg in legs)
+        assert all(0 < a <= b <= 1 for a, b in zip(levels, levels[1:]))
+        if way.plan is not tiny_ldm.leading:
+            assert legs[0].t == 999 and levels[-1] == 1 and all(np.diff(levels) > 0)
 
 
-@pytest.mark.parametrize("sampler, steps, eta",
-                         [("ddim", 50, 0), ("ddim", 200, 1), ("ddpm", 200, 0)])
-def test_samplers_reproduce_a_gaussian(sampler, steps, eta):
+def test_leading_timesteps_are_the_originals():
+    for steps in [s for s in range(1, 1000) if 1000 % s == 0]:
+        legs = tiny_ldm.leading(steps, ALPHAS_CUMPROD)
+        assert [leg.t for leg in legs] == list(range(1, 1000, 1000 // steps))[::-1]
+        assert legs[-1].next_alpha_bar == pytest.approx(ALPHAS_CUMPROD[0].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("sampler, steps, eta, within", [
+    ("ddpm", 200, 0, 0.04), ("ddim", 50, 0, 0.06), ("ddim", 200, 1, 0.04), ("plms", 50, 0, 0.02),
+    ("euler", 50, 0, 0.07), ("euler_a", 200, 0, 0.05), ("dpmpp_2m", 50, 0, 0.06),
+    ("dpmpp_2m_karras", 50, 0, 0.02), ("langevin", 1000, 0, 0.03)])
+def test_samplers_reproduce_a_gaussian(sampler, steps, eta, within):
     """Data ~ N(m, s²): then xₜ ~ N(√ᾱ m, ᾱ s² + 1 − ᾱ) and the ideal ε is E[ε | xₜ], a formula.
-    From data noised to the first timestep, a sampler must arrive at data noised to the last level
-    ᾱ₀."""
-    m, s, a = 0.7, 0.4, tiny_ldm.make_alphas_cumprod(SD1.schedule)
-
-    def ideal_eps(x, t):
-        return (1 - a[t]) ** 0.5 * (x - a[t] ** 0.5 * m) / (a[t] * s**2 + 1 - a[t])
-
+    From data noised to the first level, a sampler must arrive at data noised to the last one."""
+    m, s = 0.7, 0.4
+    ideal = lambda x, t, a: (1 - a) ** 0.5 * (x - a**0.5 * m) / (a * s**2 + 1 - a)
     g = torch.Generator().manual_seed(0)
     noise = lambda: torch.randn(20000, generator=g, dtype=torch.float64)
-    first = a[tiny_ldm.leading_timesteps(steps, 1000)[0]]
+    legs = tiny_ldm.SAMPLERS[sampler].plan(steps, ALPHAS_CUMPROD)
+    first, last = legs[0].alpha_bar, legs[-1].next_alpha_bar
     start = first**0.5 * m + (first * s**2 + 1 - first) ** 0.5 * noise()
-    *_, last = tiny_ldm.SAMPLERS[sampler](ideal_eps, start, a, steps, noise, eta)
-    a0 = a[0].item()
-    assert last.x.mean().item() == pytest.approx(a0**0.5 * m, abs=0.02)
-    assert last.x.std().item() == pytest.approx((a0 * s**2 + 1 - a0) ** 0.5, rel=0.06)
+    x = walk(sampler, ideal, start, steps, noise, eta)[-1].x
+    assert x.mean().item() == pytest.approx(last**0.5 * m, abs=0.02)
+    assert x.std().item() == pytest.approx((last * s**2 + 1 - last) ** 0.5, rel=within)
 
 
-def test_ddim_converges_to_the_exact_solution_with_order_one():
-    """For Gaussian data the probability flow is a linear map of x: (x − √ᾱ m) / √(ᾱ s² + 1 − ᾱ)
-    stays constant."""
-    m, s, a = 0.7, 0.4, tiny_ldm.make_alphas_cumprod(SD1.schedule)
-    ideal = lambda x, t: (1 - a[t]) ** 0.5 * (x - a[t] ** 0.5 * m) / (a[t] * s**2 + 1 - a[t])
-    spread = lambda ab: (ab * s**2 + 1 - ab) ** 0.5
-    errors = []
-    for steps in (50, 100, 200):
-        first = a[tiny_ldm.leading_timesteps(steps, 1000)[0]]
-        x = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
-        exact = a[0] ** 0.5 * m + spread(a[0]) * (x - first**0.5 * m) / spread(first)
-        *_, last = tiny_ldm.ddim(ideal, x, a, steps, None)
-        errors.append((last.x - exact).abs().max().item())
-    assert all(0.8 < math.log2(e / half) < 1.3 for e, half in zip(errors, errors[1:]))
+def mixture_error(sampler: str, steps: int) -> float:
+    """The error of a walk between σ = 10 and σ = 0.05, even in log σ, on data that is one of two
+    Gaussians. In one dimension the flow keeps every point's quantile, so the exact end is known:
+    where the cumulative distribution at the last σ is what it was at the first."""
+    parts, s, sigmas = ((0.4, -1.0), (0.6, 1.5)), 0.5, np.geomspace(10, 0.05, steps + 1)
+
+    def ideal(x, t, a):      # ε = −σ · score, of x̃ = x/√ᾱ ~ Σ w N(m, s² + σ²)
+        variance = s**2 + (1 - a) / a
+        odds = [w * torch.exp(-((x / a**0.5 - m) ** 2) / (2 * variance)) for w, m in parts]
+        pull = sum(o * (x / a**0.5 - m) for o, (_, m) in zip(odds, parts)) / sum(odds)
+        return ((1 - a) / a) ** 0.5 * pull / variance
+
+    def quantile(x, sigma):
+        return sum(w * torch.special.ndtr((x - m) / (s**2 + sigma**2) ** 0.5) for w, m in parts)
+
+    start = torch.tensor([-9.0, -3.0, 1.0, 8.0], dtype=torch.float64)
+    low, high = torch.full_like(start, -20), torch.full_like(start, 20)
+    for _ in range(60):      # bisection
+        middle = (low + high) / 2
+        below = quantile(middle, sigmas[-1]) < quantile(start, sigmas[0])
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    legs = tiny_ldm.plan(sigmas[:-1], sigmas[:-1], 1 / (1 + sigmas[-1] ** 2))
+    x = start * legs[0].alpha_bar**0.5
+    *_, last = tiny_ldm.SAMPLERS[sampler].walk(ideal, x, legs, None)
+    return (last.x / legs[-1].next_alpha_bar**0.5 - low).abs().max().item()
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("euler", 1), ("plms", 2),
+                                            ("dpmpp_2m", 2)])
+def test_deterministic_samplers_converge_with_their_papers_order(sampler, order):
+    """(PLMS is "pseudo": of high order in ε, of second order in all.)"""
+    errors = [mixture_error(sampler, steps) for steps in (40, 80, 160)]
+    slopes = [math.log2(e / half) for e, half in zip(errors, errors[1:])]
+    print(f"{sampler}: slopes {slopes[0]:.2f}, {slopes[1]:.2f}")
+    assert all(order - 0.25 < slope for slope in slopes) and slopes[1] < order + 0.8
+
+
+def test_euler_is_ddim_in_other_words():
+    predict = lambda x, t, a: torch.tanh(x + t / 1000)
+    legs, x = tiny_ldm.linspace(20, ALPHAS_CUMPROD), torch.linspace(-2, 2, 5, dtype=torch.float64)
+    for one, other in zip(tiny_ldm.euler(predict, x, legs, None),
+                          tiny_ldm.ddim(predict, x, legs, None)):
+        torch.testing.assert_close(one.x, other.x)
 
 
 def test_ddim_with_eta_1_is_ddpm():
-    a, predict = tiny_ldm.make_alphas_cumprod(SD1.schedule), lambda x, t: torch.tanh(x + t / 1000)
+    predict = lambda x, t, a: torch.tanh(x + t / 1000)
     walks = []
     for name in ("ddim", "ddpm"):
         g = torch.Generator().manual_seed(1)
         noise = lambda: torch.randn(5, generator=g, dtype=torch.float64)
-        steps = tiny_ldm.SAMPLERS[name](predict, noise(), a, 20, noise, eta=1.0)
-        walks.append([s.x for s in steps])
+        walks.append([s.x for s in walk(name, predict, noise(), 20, noise, eta=1.0)])
     torch.testing.assert_close(walks[0], walks[1])
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0)])
-@pytest.mark.parametrize("steps", [1, 7, 50, 250])
+@pytest.mark.parametrize("sampler, eta", [(name, 0.0) for name in tiny_ldm.SAMPLERS
+                                          if name != "langevin"] + [("ddim", 0.7)])
+@pytest.mark.parametrize("steps", [1, 7, 20, 50, 250])
 def test_samplers_equal_those_of_diffusers(sampler, eta, steps):
-    """Step by step, on a fixed "network". diffusers' DDPM ends its last step at ᾱ = 1, the original
-    at ᾱ₀: left out."""
+    """On a fixed "network", with the same noise. diffusers' DDPM ends its last step at ᾱ = 1, the
+    original at ᾱ₀, and its Euler's only step of one begins at t = 0: both left out."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    kind, settings = {"ddim": (diffusers.DDIMScheduler, dict(set_alpha_to_one=False)),
-                      "ddpm": (diffusers.DDPMScheduler, {})}[sampler]
-    scheduler = kind(**SD1_SCHEDULE, timestep_spacing="leading", **settings)
+    offset = dict(steps_offset=1, timestep_spacing="leading")
+    kind, settings = {
+        "ddpm": (diffusers.DDPMScheduler, dict(clip_sample=False, **offset)),
+        "ddim": (diffusers.DDIMScheduler,
+                 dict(clip_sample=False, set_alpha_to_one=False, **offset)),
+        "plms": (diffusers.PNDMScheduler,
+                 dict(skip_prk_steps=True, set_alpha_to_one=False, **offset)),
+        "euler": (diffusers.EulerDiscreteScheduler, {}),
+        "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+        "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, dict(final_sigmas_type="zero")),
+        "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler,
+                            dict(final_sigmas_type="zero", use_karras_sigmas=True))}[sampler]
+    if sampler.startswith("euler") and steps == 1:
+        pytest.skip("diffusers' one step of Euler begins at t = 0")
+    scheduler = kind(**SD1_SCHEDULE, **settings)
     scheduler.set_timesteps(steps)
-    predict = lambda x, t: torch.tanh(x * (1 + t / 1000))
+    predict = lambda x, t, a=None: torch.tanh(x * (1 + float(t) / 1000))
     g = [torch.Generator().manual_seed(5) for _ in range(2)]
     noise = lambda: torch.randn((1, 4, 3, 3), generator=g[0])
-    extra = dict(eta=eta) if sampler == "ddim" else {}
-    a = tiny_ldm.make_alphas_cumprod(SD1.schedule)
-    theirs = torch.randn((1, 4, 3, 3), generator=g[1])
-    ours = tiny_ldm.SAMPLERS[sampler](predict, noise(), a, steps, noise, eta)
-    for step, t in zip(ours, scheduler.timesteps.tolist(), strict=True):
-        assert step.t == t
+    start, theirs = noise(), torch.randn((1, 4, 3, 3), generator=g[1]) * scheduler.init_noise_sigma
+    way = tiny_ldm.SAMPLERS[sampler]
+    if way.starts_at_sigma:
+        start = (1 - way.plan(steps, ALPHAS_CUMPROD)[0].alpha_bar) ** 0.5 * start
+    ours = walk(sampler, predict, start, steps, noise, eta)
+    extra = dict(eta=eta, generator=g[1]) if sampler == "ddim" else {}
+    if sampler in ("ddpm", "euler_a"):
+        extra = dict(generator=g[1])
+    for t in scheduler.timesteps:
+        eps = predict(scheduler.scale_model_input(theirs, t), t)
         if sampler == "ddpm" and t == 1:
+            ours = ours[:-1]
             break
-        theirs = scheduler.step(predict(theirs, t), t, theirs, generator=g[1], **extra).prev_sample
-        assert (step.x - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        theirs = scheduler.step(eps, t, theirs, **extra).prev_sample
+    if steps > 1 or sampler != "ddpm":
+        assert (ours[-1].x - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    if sampler != "plms":                       # diffusers counts its look-ahead as a step
+        assert [s.t for s in walk(sampler, predict, start, steps, noise, eta)] == pytest.approx(
+            scheduler.timesteps.tolist())
 
 
 def test_whoever_iterates_may_look_and_change(tiny):
@@ -516,9 +584,14 @@ def test_whoever_iterates_may_look_and_change(tiny):
         tiny.decode_latents(s.x), tiny.decode_latents(s.x0)
         looked.append(s.x)
     assert all(torch.equal(p, q) for p, q in zip(plain, looked))
-    walk = tiny.denoise("a red circle", steps=4)
-    next(walk).x.zero_()
-    assert not torch.equal(next(walk).x, plain[1])
+    for sampler in tiny_ldm.SAMPLERS:
+        plain = [s.x for s in tiny.denoise("a red circle", steps=4, sampler=sampler)]
+        steps = tiny.denoise("a red circle", steps=4, sampler=sampler)
+        next(steps).x.zero_()
+        assert not torch.equal(next(steps).x, plain[1])
+        steps.close()
+        again = [s.x for s in tiny.denoise("a red circle", steps=4, sampler=sampler)]
+        assert all(torch.equal(p, q) for p, q in zip(plain, again))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -591,6 +664,147 @@ def test_importing_prints_nothing():
     done = subprocess.run([sys.executable, "-c", "import tiny_ldm"], cwd=HERE, capture_output=True,
                           text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Image to image, inpainting, and where the network looked
+
+def gradient(width: int, height: int) -> Image.Image:
+    """A picture in which every place is different."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([255 * x / width, 255 * y / height, 128 + 0 * x], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("sampler", tiny_ldm.SAMPLERS)
+def test_strength_goes_from_the_picture_to_noise(tiny, sampler):
+    image, settings = gradient(32, 32), dict(steps=10, sampler=sampler, progress=False)
+    back = tiny.generate("a red circle", image=image, strength=0, **settings)[0]
+    latents = tiny.encode_image(tiny_ldm.to_tensor([image]))
+    assert back.tobytes() == tiny_ldm.to_pil(tiny.decode_latents(latents))[0].tobytes()
+    plain = tiny.generate("a red circle", **settings)[0]
+    assert tiny.generate("a red circle", image=image, strength=1, **settings)[0] == plain
+    for strength, steps in ((0.1, 1), (0.5, 5), (0.99, 9)):
+        walked = list(tiny.denoise("a red circle", image=image, strength=strength, steps=10,
+                                   sampler=sampler))
+        assert [s.index for s in walked] == list(range(10 - steps, 10))
+
+
+def test_image_to_image_starts_at_the_level_of_its_first_step(tiny):
+    seen = []
+    handle = tiny.unet.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    image = tiny_ldm.to_tensor([gradient(32, 32)])
+    next(tiny.denoise("a", image=image, strength=0.5, steps=10, seed=4, guidance_scale=1.0))
+    handle.remove()
+    noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(4))
+    (x, t), = seen
+    assert t.tolist() == [401]
+    torch.testing.assert_close(x, tiny_ldm.add_noise(tiny.encode_image(image), noise,
+                                                     tiny.alphas_cumprod[401].item()))
+
+
+def test_pictures_of_any_size_are_fitted(tiny):
+    turned = gradient(50, 30)
+    turned.getexif()[0x0112] = 6                       # "rotate by 90 degrees to look at it"
+    for image, sides, size in ((gradient(50, 30), {}, (48, 32)), (turned, {}, (32, 48)),
+                               (gradient(5, 300), {}, (16, 304)),
+                               (gradient(50, 30).convert("L"), dict(width=64, height=16), (64, 16))):
+        fitted, _ = tiny_ldm.fit_pictures(image, None, 16, *map(sides.get, ("width", "height")))
+        assert fitted.shape == (1, 3, size[1], size[0])
+        made = tiny.generate("a", image=image, steps=2, progress=False, **sides)[0]
+        assert made.size == size
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m", "plms"])
+def test_outside_the_mask_every_pixel_stays(tiny, sampler):
+    image, mask = gradient(48, 32), Image.new("L", (48, 32))
+    mask.paste(255, (10, 5, 30, 20))
+    made, = tiny.generate("a red circle", image=image, mask=mask, strength=1, steps=4,
+                          sampler=sampler, progress=False)
+    outside = np.asarray(mask) == 0
+    assert (np.asarray(made)[outside] == np.asarray(image)[outside]).all()
+    assert (np.asarray(made)[~outside] != np.asarray(image)[~outside]).any()
+    *_, last = tiny.denoise("a red circle", image=image, mask=mask, strength=1, steps=4,
+                            sampler=sampler)
+    latents = tiny.encode_image(tiny_ldm.to_tensor([image]))
+    kept = torch.ones(4, 6, dtype=torch.bool)
+    kept[0:3, 1:4] = False                             # the latents that the mask touches
+    assert torch.equal(last.x[..., kept], latents[..., kept])
+
+
+def test_a_model_with_nine_channels_sees_mask_and_rest_of_the_picture():
+    ldm = tiny_model(unet=replace(TINY.unet, in_channels=9))
+    image, mask = gradient(32, 32), Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    seen = []
+    handle = ldm.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    made, = ldm.generate("a", image=image, mask=mask, strength=1, steps=2, progress=False)
+    handle.remove()
+    assert (np.asarray(made)[:, 16:] == np.asarray(image)[:, 16:]).all()
+    rest = tiny_ldm.to_tensor([image])
+    rest[..., :16] = 0
+    for half in seen[0]:                               # without the prompt and with it
+        assert torch.equal(half[4], torch.tensor([1.0, 1, 0, 0]).expand(4, 4))
+        torch.testing.assert_close(half[5:], ldm.encode_image(rest)[0])
+    with pytest.raises(InputError, match="this model repaints: give it an image and a mask"):
+        ldm.generate("a", progress=False)
+
+
+def test_attention_maps_are_the_softmax_and_change_nothing(tiny):
+    plain = tiny.generate("a red circle", steps=3, progress=False)[0]
+    layers = [m.cross_attention for m in tiny.unet.modules()
+              if isinstance(m, tiny_ldm.SpatialTransformer)]
+    with tiny.attention() as maps, tiny.attention(detail=True) as every:
+        assert tiny.generate("a red circle", steps=3, progress=False)[0].tobytes() == plain.tobytes()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.unet.modules())
+    assert maps.count == len(every.calls) == 3 and len(maps.calls) == 1
+    assert len(layers) == len(maps.calls[0]) == len(every.calls[0])
+    for layer, total in enumerate(maps.calls[0]):
+        torch.testing.assert_close(total, sum(call[layer] for call in every.calls))
+        torch.testing.assert_close(total.sum(-1), torch.full(total.shape[:-1], 3.0))
+        assert total.shape[0] == 2 and total.shape[1] == 2 and total.shape[-1] == 16
+    assert maps.mean().shape == (2, 16, 4, 4)          # two halves, 16 tokens
+    torch.testing.assert_close(maps.mean().sum(1), torch.ones(2, 4, 4))
+    torch.testing.assert_close(maps.mean(), every.mean())
+    assert tiny.tokenizer.words("a red circle, Zq") == [
+        ("a", [1]), ("red", [2]), ("circle", [3]), (",", [4]), ("Zq", [5, 6])]
+
+
+def test_words_light_up_what_they_name(built_in):
+    """Over 50 pictures of two things, of the attention to the first one's words at least 3 times
+    as much falls on it as its share of the area. Pictures that show something else do not count."""
+    ratios = []
+    for seed, caption in enumerate(captions_of_kind("two things and their relation", 100, 3)):
+        with built_in.attention() as maps:
+            picture, = built_in.generate(caption, seed=seed, progress=False)
+        thing = parse(caption).things[0]
+        if judge(picture, caption) or thing.colour == (parse(caption).background or "white"):
+            continue
+        words = dict(built_in.tokenizer.words(caption))
+        pixels = np.asarray(picture).astype(float)
+        inside = np.abs(pixels - COLOURS[thing.colour]).sum(-1) < 90
+        other = parse(caption).things[1]
+        if other.colour == thing.colour:
+            continue
+        heat = maps.mean()[-1, words[thing.colour] + words[thing.shape]].mean(0)
+        heat = np.asarray(Image.fromarray(heat.numpy()).resize(picture.size))
+        ratios.append(heat[inside].sum() / heat.sum() / inside.mean())
+        if len(ratios) == 50:
+            break
+    print(f"attention inside over share of the area: {np.mean(ratios):.1f}")
+    assert len(ratios) == 50 and np.mean(ratios) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_walks_in_float32(tiny, dtype):
+    half = copy.deepcopy(tiny).to(dtype)
+    for sampler in tiny_ldm.SAMPLERS:
+        for step in half.denoise("a red circle", steps=3, sampler=sampler, image=gradient(32, 32)):
+            assert step.x.dtype == step.x0.dtype == step.eps.dtype == torch.float32
+    assert half.alphas_cumprod.dtype == torch.float64
+    with half.attention() as maps:
+        half.generate("a red circle", steps=2, progress=False)
+    torch.testing.assert_close(maps.mean().sum(1), torch.ones(2, 4, 4), rtol=0.02, atol=0.02)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -894,6 +1108,7 @@ def official(tmp_path_factory):
     """A folder with a narrow checkpoint of every kind, and a small vocabulary."""
     d, tensors = tmp_path_factory.mktemp("official"), official_tensors()
     (d / "tokenizer.json").write_text(small_tokenizer(77).backend.to_str())
+    (d / "other.json").write_text(Tokenizer.train(["a red circle"], 500, 77).backend.to_str())
     save_file(tensors, d / "plain.safetensors")
     torch.save({"state_dict": tensors, "global_step": 1}, d / "plain.ckpt")
     half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -936,6 +1151,37 @@ def test_there_and_back_gives_the_same_bits(name, official, tmp_path, capsys):
     assert all(torch.equal(v, source[k].half() if half else source[k]) for k, v in back.items())
 
 
+def test_an_inpainting_model_converts_from_either_layout(official, tmp_path):
+    config = replace(NARROW, name=SD1_INPAINT.name, unet=replace(NARROW.unet, in_channels=9))
+    tensors, parts = official_tensors(config), {"unet": {}, "vae": {}, "text_encoder": {}}
+    for entry in weights_convert.name_map(config).values():
+        for theirs, name in zip(entry.official, entry.diffusers):
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensors[theirs]
+    (tmp_path / "folder").mkdir()
+    for part, named in parts.items():
+        (tmp_path / "folder" / part).mkdir()
+        save_file(named, tmp_path / "folder" / weights_convert.part_files(part)[0])
+    save_file(tensors, tmp_path / "official.safetensors")
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert convert(tmp_path / "official.safetensors", a, official) == 0
+    assert convert(tmp_path / "folder", b, official) == 0
+    ldm = LatentDiffusion.load(a, "cpu")
+    assert ldm.config == config and ldm.unet.conv_in.weight.shape == (32, 9, 3, 3)
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_known_file_is_named_by_size_and_hash(official, tmp_path, monkeypatch, capsys):
+    source = official / "plain.ckpt"
+    assert convert(source, tmp_path / "a.safetensors", official) == 0
+    assert "in a file that is not on record" in capsys.readouterr().err
+    size, digest = source.stat().st_size, hashlib.sha256(source.read_bytes()).hexdigest()
+    monkeypatch.setattr(weights_convert, "KNOWN_SIZES", [(size, size)])
+    monkeypatch.setitem(weights_convert.KNOWN, digest, "sd-v1-0.ckpt")
+    assert convert(source, tmp_path / "b.safetensors", official) == 0
+    assert "plain.ckpt is sd-v1-0.ckpt\n" in capsys.readouterr().err
+
+
 def test_half_precision_on_request(official, tmp_path):
     out = tmp_path / "t.safetensors"
     assert convert(official / "plain.safetensors", out, official, "--dtype", "float16") == 0
@@ -975,50 +1221,94 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(official, tmp_path, capsys
     assert [p.name for p in tmp_path.iterdir()] == ["h.ckpt"]
 
 
-def bad_checkpoint(kind: str, official: Path, d: Path) -> Path:
-    tensors, path = load_file(official / "plain.safetensors"), d / "x.safetensors"
-    name = f"{weights_convert.UNET}.out.2.bias"
-    raw = {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-           "page": b"<!DOCTYPE html><html>", "empty": b"",
-           "cut": (official / "plain.safetensors").read_bytes()[:100000],
-           "cut ckpt": (official / "plain.ckpt").read_bytes()[:100000]}
-    if kind in raw:
-        path = d / ("x.ckpt" if kind in ("pointer", "page", "cut ckpt") else "x.safetensors")
-        path.write_bytes(raw[kind])
-        return path
-    if kind == "missing":
-        del tensors[name]
-    elif kind == "more":
-        tensors["model.diffusion_model.label_emb.weight"] = torch.zeros(3)
-    elif kind == "shape":
-        tensors[name] = torch.zeros(5)
-    elif kind == "nan":
-        tensors[name][2] = math.nan
-    else:
-        tensors = {{"sd2": "cond_stage_model.model.token_embedding.weight",
-                    "sdxl": "conditioner.embedders.0.x",
-                    "lora": "lora_unet_down_blocks_0.lora_up.weight",
-                    "other": "x"}[kind]: torch.zeros(3)}
-    save_file(tensors, path)
+def bad_checkpoint(name: str, official: Path, d: Path) -> Path:
+    path, bias = d / name, f"{weights_convert.UNET}.out.2.bias"
+    tensors = load_file(official / "plain.safetensors")
+    whole, ckpt = ((official / f"plain.{end}").read_bytes() for end in ("safetensors", "ckpt"))
+    torch.save({"state_dict": {}}, d / "legacy", _use_new_zipfile_serialization=False)
+    legacy = (d / "legacy").read_bytes()
+    (d / "legacy").unlink()
+    contents = {
+        "pointer.ckpt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "page.ckpt": b"<!DOCTYPE html><html>", "empty.safetensors": b"",
+        "cut.safetensors": whole[:100000], "cut.ckpt": ckpt[:100000], "legacy.ckpt": legacy,
+        "corrupt.ckpt": ckpt.replace(b"state_dict", b"\xff\xff\xffte_dict", 1),
+        "corrupt.safetensors": b"\xff" * 1000,
+        "missing.safetensors": {k: v for k, v in tensors.items() if k != bias},
+        "more.safetensors": {**tensors, "model.diffusion_model.label_emb.weight": torch.zeros(3)},
+        "shape.safetensors": {**tensors, bias: torch.zeros(5)},
+        "numbers.safetensors": {**tensors, bias: torch.zeros(4, dtype=torch.int32)},
+        "nan.safetensors": {**tensors, bias: torch.full((4,), math.nan)},
+        "sd2.safetensors": {"cond_stage_model.model.token_embedding.weight": torch.zeros(3)},
+        "sdxl.safetensors": {"conditioner.embedders.0.x": torch.zeros(3)},
+        "lora.safetensors": {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(3)},
+        "other.safetensors": {"x": torch.zeros(3)}}[name]
+    path.write_bytes(contents) if isinstance(contents, bytes) else save_file(contents, path)
     return path
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("pointer", "is a git-LFS pointer"), ("page", "is an HTML page"), ("empty", "is empty"),
-    ("cut", "is no whole .safetensors file"),
-    ("cut ckpt", "is neither a .safetensors nor a whole .ckpt"),
-    ("missing", "lacks model.diffusion_model.out.2.bias"),
-    ("more", "holds 1 tensors that Stable Diffusion 1.x has not: "
-             "model.diffusion_model.label_emb.weight"),
-    ("shape", "model.diffusion_model.out.2.bias is torch.float32 [5]"),
-    ("nan", "unet.conv_out.bias holds values that are not finite"),
-    ("sd2", "is Stable Diffusion 2.x"), ("sdxl", "is Stable Diffusion XL"),
-    ("lora", "is a LoRA"), ("other", "is no Stable Diffusion 1.x")])
-def test_bad_checkpoints_are_one_line_and_exit_code_2(kind, message, official, tmp_path, capsys):
-    path = bad_checkpoint(kind, official, tmp_path)
+@pytest.mark.parametrize("name, message", [
+    ("pointer.ckpt", "is a git-LFS pointer"), ("page.ckpt", "is an HTML page"),
+    ("empty.safetensors", "is empty"), ("cut.safetensors", "is no whole .safetensors file"),
+    ("cut.ckpt", "is neither a .safetensors nor a whole .ckpt"),
+    ("legacy.ckpt", "is neither a .safetensors nor a whole .ckpt (a zip, as torch writes it since"),
+    ("corrupt.ckpt", "is damaged"), ("corrupt.safetensors", "is no whole .safetensors file"),
+    ("missing.safetensors", "lacks model.diffusion_model.out.2.bias"),
+    ("more.safetensors", "holds 1 tensors that Stable Diffusion 1.x has not: "
+                         "model.diffusion_model.label_emb.weight"),
+    ("shape.safetensors", "model.diffusion_model.out.2.bias is torch.float32 [5]"),
+    ("numbers.safetensors", "model.diffusion_model.out.2.bias is torch.int32 [4]"),
+    ("nan.safetensors", "unet.conv_out.bias holds values that are not finite"),
+    ("sd2.safetensors", "is Stable Diffusion 2.x"), ("sdxl.safetensors", "is Stable Diffusion XL"),
+    ("lora.safetensors", "is a LoRA"), ("other.safetensors", "is no Stable Diffusion 1.x")])
+def test_bad_checkpoints_are_one_line_and_exit_code_2(name, message, official, tmp_path, capsys):
+    path = bad_checkpoint(name, official, tmp_path)
     assert convert(path, tmp_path / "t.safetensors", official) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tiny_ldm: ")]
     assert message in lines[-1] and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("part, name, width, message", [
+    ("text_encoder", "embeddings.token_embedding.weight", 1024, "is Stable Diffusion 2.x"),
+    ("unet", "add_embedding.linear_1.weight", 3, "is Stable Diffusion XL"),
+    ("unet", "x", 3, "is no Stable Diffusion 1.x"),
+    (None, None, None, "lacks unet/diffusion_pytorch_model.safetensors, unet/diffusion_pyt")])
+def test_folders_of_other_models_are_named(part, name, width, message, official, tmp_path, capsys):
+    for p in ("unet", "vae", "text_encoder") if part else ():
+        (tmp_path / p).mkdir()
+        save_file({name if p == part else "x": torch.zeros(3, width or 1)},
+                  tmp_path / weights_convert.part_files(p)[0])
+    before = sorted(tmp_path.rglob("*"))
+    assert convert(tmp_path, tmp_path / "t.safetensors", official) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "the following arguments are required: SOURCE"),
+    (["plain.ckpt", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["nowhere.ckpt"], "nowhere.ckpt can't be opened (No such file or directory)"),
+    (["plain.ckpt", "--tokenizer", "nowhere"], "nowhere is no CLIP vocabulary"),
+    (["plain.ckpt", "--tokenizer", "plain.ckpt"], "plain.ckpt is no CLIP vocabulary"),
+    (["plain.ckpt", "--tokenizer", "other.json"], "and plain.ckpt has"),
+    (["plain.ckpt", "--tokenizer", "tokenizer.json", "-o", "nowhere/x"], "the folder nowhere does"),
+    (["--to", "official", "plain.safetensors"], "plain.safetensors is an official checkpoint"),
+    (["--to", "official", "plain.ckpt"], "plain.ckpt is no whole .safetensors file"),
+    (["--to", "official", str(tiny_ldm.BUILT_IN)], "is not built like Stable Diffusion 1.x")])
+def test_bad_arguments_are_one_line_and_exit_code_2(args, message, official, monkeypatch, capsys):
+    monkeypatch.chdir(official)
+    before = sorted(official.iterdir())
+    assert weights_convert.main(args) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("tiny_ldm: ")]
+    assert out == "" and message in lines[-1] and sorted(official.iterdir()) == before, err
+
+
+def test_a_full_disk_is_told_before_anything_is_written(official, tmp_path, monkeypatch, capsys):
+    full = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(weights_convert.shutil, "disk_usage", lambda folder: full)
+    assert convert(official / "plain.safetensors", tmp_path / "t.safetensors", official) == 2
+    assert "make room" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_an_output_is_not_replaced_unasked(official, tmp_path, capsys):
@@ -1036,6 +1326,7 @@ class Networks(NamedTuple):
     encode: Callable      # image -> mean and log-variance, one above the other
     decode: Callable      # z -> image
     ddim: Callable        # x, [empty context, context], steps -> latents; guidance 7.5
+    picture: Callable     # latents -> PIL image
 
 
 def our_networks(ldm: LatentDiffusion) -> Networks:
@@ -1045,12 +1336,14 @@ def our_networks(ldm: LatentDiffusion) -> Networks:
 
     return Networks(ldm.text_encoder,
                     lambda x, t, context: ldm.unet(x, torch.full((len(x),), t), context),
-                    lambda image: torch.cat(ldm.vae.encode(image), dim=1), ldm.vae.decode, ddim)
+                    lambda image: torch.cat(ldm.vae.encode(image), dim=1), ldm.vae.decode, ddim,
+                    lambda x: tiny_ldm.to_pil(ldm.decode_latents(x))[0])
 
 
 def their_networks(text, unet, vae) -> Networks:
     import diffusers
     scheduler = diffusers.DDIMScheduler(**SD1_SCHEDULE, set_alpha_to_one=False)
+    finish = diffusers.image_processor.VaeImageProcessor().postprocess
 
     def encode(image):
         posterior = vae.encode(image).latent_dist
@@ -1065,7 +1358,8 @@ def their_networks(text, unet, vae) -> Networks:
 
     return Networks(lambda ids: text(ids).last_hidden_state,
                     lambda x, t, context: unet(x, t, context).sample,
-                    encode, lambda z: vae.decode(z).sample, ddim)
+                    encode, lambda z: vae.decode(z).sample, ddim,
+                    lambda x: finish(vae.decode(x / 0.18215).sample, "pil")[0])
 
 
 def reference_models(c: tiny_ldm.Config) -> tuple:
@@ -1222,9 +1516,9 @@ def test_networks_equal_the_reference_implementations(factor, references, tmp_pa
 
 def test_diffusers_reads_what_is_written_in_the_official_layout(references, tmp_path):
     """By its own rules, and from tensors that came by way of a diffusers folder and ours."""
-    ldm, models, d = references
-    back = tmp_path / "o.safetensors"
-    assert weights_convert.main(["--to", "official", str(d / "t.safetensors"), "-o", str(back)]) == 0
+    _, models, d = references
+    ours, back = d / "t.safetensors", tmp_path / "o.safetensors"
+    assert weights_convert.main(["--to", "official", str(ours), "-o", str(back)]) == 0
     again = load_official(reference_models(NARROW), load_file(back))
     for model, read in zip(models, again):
         state = read.state_dict()
@@ -1311,12 +1605,13 @@ def test_without_a_vocabulary_the_error_says_what_to_pass(official, tmp_path, hu
 
 
 CLIP = Path(os.environ.get("TINY_LDM_CLIP_DIR", "nowhere"))
+CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 
 
 @pytest.mark.skipif(not CLIP.is_dir(),
                     reason="TINY_LDM_CLIP_DIR names no folder with CLIP's vocabulary")
 def test_ids_are_those_of_clips_tokenizer(tmp_path, capsys):
-    tokenizer = Tokenizer(weights_convert.read_tokenizer(CLIP / "bpe_simple_vocab_16e6.txt.gz"), 77)
+    tokenizer = Tokenizer(weights_convert.read_tokenizer(CLIP / CLIP_FILE), 77)
     for line in (CLIP / "tokens.jsonl").read_text("utf-8").splitlines():
         case = json.loads(line)
         ids = case["ids"][:76] + [49407] * max(1, 77 - len(case["ids"]))
@@ -1331,6 +1626,69 @@ def test_ids_are_those_of_clips_tokenizer(tmp_path, capsys):
     assert tokenizer(["a " * 75 + "red fox"])[0, -2:].tolist() == [320, 49407]
     message = "tiny_ldm: the prompt is longer than 75 tokens; cut off: 'red fox'\n"
     assert capsys.readouterr().err == message
+
+
+# What float32 on a CPU allows: max error over max value.
+LIMITS = {"text encoder": 2e-6, "U-Net": 5e-6, "VAE": 3e-6, "DDIM": 5e-6}
+
+
+def measured(program: str, *args) -> tuple[float, float]:
+    """Runs one of the two commands: (its peak memory in bytes, seconds)."""
+    status = "open('/proc/self/status').read()"      # ru_maxrss would count this process, too
+    code = (f"import sys, {program}; code = {program}.main(sys.argv[1:]); "
+            f"print({status}.partition('VmHWM:')[2].split()[0]); sys.exit(code)")
+    begin = time.time()
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=HERE, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return 1024 * int(done.stdout.split()[-1]), time.time() - begin
+
+
+def full_size_comparison(d: Path, config=SD1, steps: int = 50) -> dict[str, float]:
+    """Writes a checkpoint, converts it by the command, and compares all networks, a whole walk and
+    its picture with the references'. The two models are in memory one after the other."""
+    source, out, vocabulary = d / "sd1.safetensors", d / "t.safetensors", CLIP / CLIP_FILE
+    plan = {name: weights_convert.Plan(tuple(shape), torch.float32,
+                                       functools.partial(synthetic, name, shape))
+            for name, shape in official_shapes(config).items()}
+    weights_convert.write_safetensors(source, plan, {})
+    peak, seconds = measured("weights_convert", source, "-o", out, "--tokenizer", vocabulary)
+    size = out.stat().st_size
+    found = {"conversion: seconds": seconds, "conversion: GB written": size / 1e9,
+             "conversion: GB of memory at the peak": peak / 1e9}
+    assert peak <= size + 500e6
+    theirs = their_networks(*load_official(reference_models(config), load_file(source)))
+    wanted = outputs(theirs, torch.float32, steps)
+    pictures = [theirs.picture(wanted[f"DDIM, {steps} steps"])]
+    del theirs
+    ours = our_networks(LatentDiffusion.load(out, "cpu"))
+    for name, output in outputs(ours, torch.float32, steps).items():
+        found[name] = relative_error(output, wanted[name])
+    pictures.append(ours.picture(output))
+    del ours
+    difference = np.abs(np.diff([np.asarray(picture, dtype=int) for picture in pictures], axis=0))
+    found["picture: differing 8-bit values, %"] = 100 * (difference > 0).mean()
+    found["picture: largest difference"] = difference.max()
+    peak, seconds = measured("tiny_ldm", "an astronaut", "--weights", out, "--device", "cpu",
+                             "--steps", 1, "-o", d / "p.png")
+    return {**found, "one step at 512 x 512 and all around it: seconds": seconds,
+            "one step at 512 x 512 and all around it: GB of memory at the peak": peak / 1e9}
+
+
+@pytest.mark.skipif(not (os.environ.get("TINY_LDM_FULL_SIZE") and CLIP.is_dir()),
+                    reason="needs 9 GB of disk, 12 GB of memory, 10 minutes and CLIP's vocabulary: "
+                           "set TINY_LDM_FULL_SIZE=1 and TINY_LDM_CLIP_DIR")
+def test_full_size_stable_diffusion_equals_the_references(capsys):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    with tempfile.TemporaryDirectory() as d:      # pytest's own would stay for three runs
+        found = full_size_comparison(Path(d))
+    with capsys.disabled():
+        print("".join(f"\n    {name}: {value:.3g}" for name, value in found.items()))
+    for name, value in found.items():
+        assert value <= LIMITS.get(name.split(",")[0], math.inf), name
+    assert found["picture: differing 8-bit values, %"] <= 0.1
+    assert found["picture: largest difference"] <= 1
 
 
 # --------------------------------------------------------------------------------------------------

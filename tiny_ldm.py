@@ -41,6 +41,7 @@ T timesteps (1000).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -314,30 +315,34 @@ class Attention(nn.Module):
             self.kv = nn.Linear(context_dim, 2 * dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def qkv_heads(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, heads, N, d]; k and v [B, heads, L, d]."""
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
-        # [B, heads, N or L, d]
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        if torch.is_autocast_enabled(x.device.type) and x.device.type == "cpu":
-            y = written_out_attention(q, k, v, self.causal)
-        else:
+        return tuple(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv_heads(x, context)
+        # Training in bfloat16 on a CPU: PyTorch's kernel is so slow at the gradient there that
+        # written out, the whole network trains 1.7 times faster.
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+            y = self.softmax(q, k) @ v
+        else:                   # the same, without ever holding all N · L weights
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
 
+    def softmax(self, q: Tensor, k: Tensor) -> Tensor:
+        """softmax(q kᵀ / √d): [B, heads, N, L], how much each position looks at each other."""
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if self.causal:         # minus infinity above the diagonal: no weight on what comes later
+            scores = scores + torch.full(scores.shape[-2:], -math.inf, device=q.device).triu(1)
+        return scores.softmax(dim=-1)
 
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """What `F.scaled_dot_product_attention` computes, q, k, v [B, heads, N or L, d], in plain steps.
-
-    Training in bfloat16 on a CPU uses it: it makes that 1.7 times faster, since PyTorch's own kernel
-    is slow there at the gradient. It holds all N · L weights at once, which the kernel avoids.
-    """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)              # [B, heads, N, L]
-    if causal:
-        scores = scores + torch.full(scores.shape[-2:], -math.inf, device=q.device).triu(1)
-    return scores.softmax(dim=-1) @ v
+    def weights(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The weights behind `forward(x, context)`, for looking at them."""
+        return self.softmax(*self.qkv_heads(x, context)[:2])
 
 
 class Downsample(nn.Module):
@@ -561,6 +566,15 @@ class Tokenizer:
         return [w for w in words if len(self.backend.encode(w, add_special_tokens=False).ids) > 1
                 or self.backend.encode(w, add_special_tokens=False).ids == [self.eos]]
 
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The words of a prompt, each with the places in L that its pieces have."""
+        encoding, found = self.backend.encode(prompt, add_special_tokens=False), {}
+        for place, word in enumerate(encoding.word_ids[: self.max_length - 2], 1):
+            found.setdefault(word, []).append(place)
+        spans = [(encoding.offsets[p[0] - 1][0], encoding.offsets[p[-1] - 1][1], p)
+                 for p in found.values()]
+        return [(prompt[start:end], places) for start, end, places in spans]
+
     @staticmethod
     def train(captions: list[str], vocab_size: int, max_length: int) -> "Tokenizer":
         """A new tokenizer by CLIP's recipe (lower case, words split from punctuation, byte pairs,
@@ -779,87 +793,239 @@ class UNet(nn.Module):
 # %% 7. Samplers
 # --------------------------------------------------------------------------------------------------
 # A sampler walks from noise to a picture. One network call tells in which direction the noise lies;
-# a sampler decides how far to follow it before it asks again. All have one signature:
+# a sampler decides how far to follow it before it asks again. First the plan: which noise levels to
+# stop at, a list of `Leg`s. Then the walk, one function for each way, all with one signature:
 #
-#     predict_eps    (x, t) -> ε: the network, with guidance already in it
-#     x              [B, 4, h, w], the latents at the first timestep used; float32
-#     alphas_cumprod float64 [T], from `make_alphas_cumprod`
-#     steps          S
-#     noise          () -> fresh standard normal noise like x; called once in each step that uses it
-#     eta            how much fresh noise a step adds, where the sampler leaves that open
-#     start          the first so many of the S steps are left out (to begin from a noisy picture)
+#     predict_eps  (x, t, ᾱ) -> ε: the network, with guidance already in it
+#     x            [B, 4, h, w], the latents at the plan's first noise level; float32
+#     legs         the plan, or its last part (to begin from a noisy picture)
+#     noise        () -> fresh standard normal noise like x; called once in each step that uses it
+#     eta          how much fresh noise a step adds, where the sampler leaves that open
 #
-# and yields a `Step` for each step done. It goes on from `step.x`, so whoever iterates may look at
-# it, or change it.
+# Each yields a `Step` for each leg, and goes on from `step.x`: whoever iterates may look at it, or
+# change it. In all formulas here ᾱ is the leg's noise level and ᾱ′ the next one.
+#
+# Half of the papers count noise otherwise: they never shrink the picture, x̃ = x / √ᾱ = x₀ + σ ε,
+# with σ = √((1−ᾱ)/ᾱ) from 14.6 to 0.03. It is the same noise seen through another scale.
+
+class Leg(NamedTuple):
+    index: int                    # 0 ... S−1
+    t: float                      # the timestep that the network is told
+    alpha_bar: float
+    next_alpha_bar: float         # where this step leads
+
 
 @dataclass
 class Step:
     index: int                    # 0 ... S−1
-    t: int                        # the timestep this step started at
+    t: float                      # the timestep this step started at
     x: Tensor                     # the latents after it
     eps: Tensor                   # the noise that the network saw in them before it
     x0: Tensor                    # the present guess of the clean latents
 
 
-def leading_timesteps(steps: int, num_timesteps: int) -> list[int]:
-    """S timesteps, falling, "leading" spacing with offset 1: for S = 50, 981, 961 ... 21, 1.
+def sigma_of(alpha_bar):
+    """σ = √((1−ᾱ)/ᾱ), for numbers and arrays."""
+    return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
-    As diffusers has it, and the original code wherever S divides 1000 (elsewhere that gives more or
-    fewer steps than asked, or runs off the table). S = 1000 alone would reach past the end, to
-    t = 1000: there the first step stays at 999.
+
+def plan(ts, sigmas, last_alpha_bar: float = 1.0) -> list[Leg]:
+    """Legs through these noise levels, [S] each, and from the last one to last_alpha_bar."""
+    a = [1 / (1 + s * s) for s in np.asarray(sigmas).tolist()] + [last_alpha_bar]
+    return [Leg(i, t, a[i], a[i + 1]) for i, t in enumerate(np.asarray(ts).tolist())]
+
+
+def leading(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
+    """t = 981, 961 ... 21, 1 for S = 50: the plan of DDPM, DDIM and PLMS.
+
+    As diffusers has it ("leading", offset 1), and the original code wherever S divides 1000
+    (elsewhere that gives more or fewer steps than asked, or runs off the table). S = 1000 would
+    reach past the end, to t = 1000: there the first step stays at 999. Careful, the last step goes
+    to ᾱ₀ = 0.99915, not to 1 (CompVis ddim.py, "set_alpha_to_one" off).
     """
-    stride = num_timesteps // steps
-    return [min(i * stride + 1, num_timesteps - 1) for i in reversed(range(steps))]
+    a, last = alphas_cumprod.numpy(), len(alphas_cumprod) - 1
+    ts = np.minimum(np.arange(steps)[::-1] * ((last + 1) // steps) + 1, last)
+    return plan(ts, sigma_of(a[ts]), a[0].item())
 
 
-def timestep_pairs(steps: int, alphas_cumprod: Tensor) -> list[tuple[int, float, float]]:
-    """(t, ᾱₜ, ᾱ of the timestep after it) for each step.
-
-    Careful, the last step goes to ᾱ₀ = 0.99915, not to 1 (CompVis ddim.py, "set_alpha_to_one" off).
-    """
-    ts, a = leading_timesteps(steps, len(alphas_cumprod)), alphas_cumprod.tolist()
-    return [(t, a[t], a[s]) for t, s in zip(ts, ts[1:] + [0])]
+def linspace(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
+    """From t = 999 to 0 in even steps, also between whole numbers: Euler's plan (k-diffusion)."""
+    sigmas = sigma_of(alphas_cumprod.numpy())
+    ts = np.linspace(len(sigmas) - 1, 0, steps)
+    return plan(ts, np.interp(ts, np.arange(len(sigmas)), sigmas))
 
 
-def ddpm(predict_eps, x, alphas_cumprod, steps, noise, eta=0.0, start=0) -> Iterator[Step]:
+def linspace_short(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
+    """The same on whole numbers and without t = 0: DPM-Solver's plan (diffusers "linspace")."""
+    sigmas = sigma_of(alphas_cumprod.numpy())
+    ts = np.linspace(0, len(sigmas) - 1, min(steps + 1, len(sigmas))).round().astype(int)
+    ts = ts[::-1][:steps]
+    return plan(ts, sigmas[ts])
+
+
+def karras(steps: int, alphas_cumprod: Tensor, rho: float = 7.0) -> list[Leg]:
+    """σ^(1/ρ) falls evenly: short steps where there is little noise, and detail is made (Karras et
+    al. 2022, arXiv:2206.00364, equation 5)."""
+    sigmas = sigma_of(alphas_cumprod.numpy())
+    roots = np.linspace(sigmas[-1] ** (1 / rho), sigmas[0] ** (1 / rho), steps)
+    return plan(nearest_timesteps(roots**rho, sigmas), roots**rho)
+
+
+def geometric(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
+    """σ falls by the same factor in each step: Langevin's plan."""
+    sigmas = sigma_of(alphas_cumprod.numpy())
+    levels = np.geomspace(sigmas[-1], sigmas[0], steps)
+    return plan(nearest_timesteps(levels, sigmas), levels)
+
+
+def nearest_timesteps(levels: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """The timesteps whose noise is nearest to these, by the logarithm."""
+    return np.interp(np.log(levels), np.log(sigmas), np.arange(len(sigmas))).round().astype(int)
+
+
+def ddpm(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
     """Denoising diffusion probabilistic models (Ho et al. 2020, arXiv:2006.11239): the chain that
     training assumes.
 
-    Between timesteps t and s < t lies one noising step, with variance β = 1 − ᾱₜ/ᾱₛ. Given x₀, its
-    inverse is a Gaussian whose mean lies between x₀ and xₜ (equations 6 and 7). With S = T this is
-    the paper's algorithm 2. eta is not used.
+    Between two legs lies one noising step, with variance β = 1 − ᾱ/ᾱ′. Given x₀, its inverse is a
+    Gaussian whose mean lies between x₀ and x (equations 6 and 7). With S = T this is the paper's
+    algorithm 2.
     """
-    for i, (t, a_t, a_s) in list(enumerate(timestep_pairs(steps, alphas_cumprod)))[start:]:
-        eps = predict_eps(x, t)
-        x0 = x0_from_eps(x, eps, a_t)
-        beta = 1 - a_t / a_s
-        # μ = √ᾱₛ β / (1−ᾱₜ) x₀ + √(ᾱₜ/ᾱₛ) (1−ᾱₛ) / (1−ᾱₜ) xₜ
-        mean = a_s**0.5 * beta / (1 - a_t) * x0 + (a_t / a_s) ** 0.5 * (1 - a_s) / (1 - a_t) * x
-        variance = (1 - a_s) / (1 - a_t) * beta
+    for i, t, a, b in legs:
+        eps = predict_eps(x, t, a)
+        x0 = x0_from_eps(x, eps, a)
+        beta = 1 - a / b
+        # μ = √ᾱ′ β / (1−ᾱ) x₀ + √(ᾱ/ᾱ′) (1−ᾱ′) / (1−ᾱ) x
+        mean = b**0.5 * beta / (1 - a) * x0 + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
+        variance = (1 - b) / (1 - a) * beta
         step = Step(i, t, mean + variance**0.5 * noise(), eps, x0)
         yield step
         x = step.x
 
 
-def ddim(predict_eps, x, alphas_cumprod, steps, noise, eta=0.0, start=0) -> Iterator[Step]:
+def ddim(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
     """Denoising diffusion implicit models (Song et al. 2020, arXiv:2010.02502, equation 12).
 
     Go to the guess of x₀, and from there back to the next noise level along the same ε. With
-    eta = 0 nothing random is left: the same noise gives the same picture, and 50 steps are enough.
+    eta = 0 nothing random is left: the same noise gives the same picture, and few steps are enough.
     eta = 1 is DDPM.
     """
-    for i, (t, a_t, a_s) in list(enumerate(timestep_pairs(steps, alphas_cumprod)))[start:]:
-        eps = predict_eps(x, t)
-        x0 = x0_from_eps(x, eps, a_t)
-        sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
-        # xₛ = √ᾱₛ x₀ + √(1 − ᾱₛ − σ²) ε + σ noise
-        next_x = a_s**0.5 * x0 + (1 - a_s - sigma**2) ** 0.5 * eps
+    for i, t, a, b in legs:
+        eps = predict_eps(x, t, a)
+        x0 = x0_from_eps(x, eps, a)
+        sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+        # x′ = √ᾱ′ x₀ + √(1 − ᾱ′ − σ²) ε + σ noise
+        next_x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps
         step = Step(i, t, next_x + sigma * noise() if eta > 0 else next_x, eps, x0)
         yield step
         x = step.x
 
 
-SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {"ddim": ddim, "ddpm": ddpm}
+def plms(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
+    """Pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778): DDIM's step, along an ε that is
+    extrapolated from the last four (Adams-Bashforth).
+
+    The first step has no past, so it looks ahead instead: one network call more.
+    """
+    weights = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
+               4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+    history: list[Tensor] = []                   # the network's own answers, the latest first
+    for n, (i, t, a, b) in enumerate(legs):
+        eps = predict_eps(x, t, a)
+        history = [eps, *history[:3]]
+        if n > 0:
+            mixed = sum(w * e for w, e in zip(weights[len(history)], history))
+        elif len(legs) > 1:                      # (ε + ε ahead) / 2
+            mixed = (eps + predict_eps(add_noise(x0_from_eps(x, eps, a), eps, b), legs[1].t, b)) / 2
+        else:
+            mixed = eps
+        x0 = x0_from_eps(x, mixed, a)
+        step = Step(i, t, add_noise(x0, mixed, b), eps, x0)
+        yield step
+        x = step.x
+
+
+def euler(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
+    """Euler's method for the probability-flow equation dx̃/dσ = ε (Karras et al. 2022, algorithm 1
+    without its noise). The step is DDIM's, in other words and between other noise levels."""
+    for i, t, a, b in legs:
+        eps = predict_eps(x, t, a)
+        next_scaled = x / a**0.5 + (sigma_of(b) - sigma_of(a)) * eps        # x̃′ = x̃ + (σ′ − σ) ε
+        step = Step(i, t, b**0.5 * next_scaled, eps, x0_from_eps(x, eps, a))
+        yield step
+        x = step.x
+
+
+def euler_a(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
+    """Euler ancestral (k-diffusion): goes below the next noise level, to σ_down, and adds noise up
+    to it: σ_down² + σ_up² = σ′²."""
+    for i, t, a, b in legs:
+        eps = predict_eps(x, t, a)
+        x0, sigma, next_sigma = x0_from_eps(x, eps, a), sigma_of(a), sigma_of(b)
+        up = next_sigma * (1 - (next_sigma / sigma) ** 2) ** 0.5
+        down = next_sigma**2 / sigma
+        next_scaled = x0 + down * eps                                       # x̃′
+        step = Step(i, t, b**0.5 * (next_scaled + up * noise() if up > 0 else next_scaled), eps, x0)
+        yield step
+        x = step.x
+
+
+def dpmpp_2m(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): solves the linear part of
+    the equation exactly, and extrapolates x₀ from this guess and the last, so 20 steps do.
+
+    Time is λ = −log σ, of which a step covers h. The last step, to σ = 0, is of first order.
+    """
+    log_snr = lambda alpha_bar: -math.log(sigma_of(alpha_bar)) if alpha_bar < 1 else math.inf
+    last_x0, last_h = None, 0.0
+    for i, t, a, b in legs:
+        eps = predict_eps(x, t, a)
+        x0, h = x0_from_eps(x, eps, a), log_snr(b) - log_snr(a)
+        if last_x0 is None or b == 1:
+            guess = x0
+        else:                                    # D = x₀ + (x₀ − previous x₀) · h / (2 · previous h)
+            guess = x0 + (x0 - last_x0) * (h / (2 * last_h))
+        # x′ = √(1−ᾱ′)/√(1−ᾱ) x − √ᾱ′ (e⁻ʰ − 1) D
+        next_x = ((1 - b) / (1 - a)) ** 0.5 * x - b**0.5 * math.expm1(-h) * guess
+        step = Step(i, t, next_x, eps, x0)
+        yield step
+        x, last_x0, last_h = step.x, x0, h
+
+
+def langevin(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
+    """Annealed Langevin dynamics (Song & Ermon 2019, arXiv:1907.05600, algorithm 1), the ancestor
+    of all this: climb towards likelier pictures, shaken by fresh noise, while the noise level
+    falls slowly enough for the picture to keep up. It takes hundreds of steps.
+
+    The paper's step size δ is the same share r of each level's variance; its ten levels with a
+    hundred steps each are S levels with one step here. The last step only takes the noise away.
+    """
+    r = 0.7
+    for i, t, a, b in legs:
+        eps = predict_eps(x, t, a)
+        x0, delta = x0_from_eps(x, eps, a), r * (1 - a)
+        if b == 1:
+            next_x = x0
+        else:                                    # x + δ/2 · score + √δ · noise, at the new scale
+            climbed = x + delta / 2 * score_from_eps(eps, a) + delta**0.5 * noise()
+            next_x = (b / a) ** 0.5 * climbed
+        step = Step(i, t, next_x, eps, x0)
+        yield step
+        x = step.x
+
+
+class Sampler(NamedTuple):
+    walk: Callable[..., Iterator[Step]]
+    plan: Callable[[int, Tensor], list[Leg]]
+    # What to begin with: noise ε itself, or x̃ = σ ε, which is √(1−ᾱ) ε at our scale
+    starts_at_sigma: bool = False
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm, leading), "ddim": Sampler(ddim, leading), "plms": Sampler(plms, leading),
+    "euler": Sampler(euler, linspace, True), "euler_a": Sampler(euler_a, linspace, True),
+    "dpmpp_2m": Sampler(dpmpp_2m, linspace_short), "dpmpp_2m_karras": Sampler(dpmpp_2m, karras),
+    "langevin": Sampler(langevin, geometric, True)}
 
 
 # %% 8. LatentDiffusion
@@ -875,6 +1041,7 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {"ddim": ddim, "ddpm": ddpm
 
 BUILT_IN = Path(__file__).parent / "weights" / "shapes.safetensors"
 Prompt = str | list[str] | Tensor                    # one, several, or context [n, L, D]
+Picture = Image.Image | Tensor
 
 
 class LatentDiffusion(nn.Module):
@@ -972,50 +1139,109 @@ class LatentDiffusion(nn.Module):
     def denoise(self, prompt: Prompt, negative_prompt: Prompt = "", *, steps: int = 50,
                 sampler: str = "ddim", guidance_scale: float = 7.5, eta: float = 0.0, seed: int = 0,
                 batch_size: int = 1, width: int | None = None, height: int | None = None,
-                latents: Tensor | None = None) -> Iterator[Step]:
+                latents: Tensor | None = None, image: Picture | None = None, strength: float = 0.75,
+                mask: Picture | None = None) -> Iterator[Step]:
         """Makes pictures and yields every step of it; `decode_latents(step.x)` shows the picture so
         far.
 
         prompt: a string, a list, or a context tensor [n, L, D]; each is used batch_size times.
-        Picture i draws all its noise from its own generator, seeded with seed + i, on the CPU and
-        in float32, so it is the same picture alone or in a batch, on every device. negative_prompt:
-        one for all, or one for each prompt. latents: what to start from, in place of noise,
-        [B, 4, h, w]. Raises InputError for an unknown sampler, steps outside 1 ... 1000, or a size
-        that is no multiple of the model's stride.
+        negative_prompt: one for all, or one for each prompt. Picture i draws all its noise from its
+        own generator, seeded with seed + i, on the CPU and in float32, so it is the same picture
+        alone or in a batch, on every device. latents: what to start from in place of noise,
+        [B, 4, h, w]. image, mask: see `fit_pictures`. With an image, the walk starts from the image
+        with noise in it, strength · S steps before the end (SDEdit, Meng et al. 2021,
+        arXiv:2108.01073): 0 gives it back, 1 forgets it. With a mask, it stays as it is where the
+        mask is black. Raises InputError for settings out of range, and for a size that is no
+        multiple of the model's stride.
         """
         c = self.config
-        check_settings(c, sampler, steps, width, height, seed, batch_size, guidance_scale, eta)
-        context = self._context(prompt).repeat_interleave(batch_size, dim=0)
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(context))]
+        image, mask = fit_pictures(image, mask, c.stride, width, height)
+        height, width = image.shape[2:] if image is not None else (height, width)
+        check_settings(c, sampler, steps, width, height, seed, batch_size, guidance_scale, eta,
+                       strength)
+        context, scale = self._contexts(prompt, negative_prompt, batch_size, guidance_scale)
+        n = len(context) // (1 if scale is None else 2)
         size = [(side or c.image_size) // c.latent_stride for side in (height, width)]
-        shape = (1, c.vae.latent_channels, *size) if latents is None else (1, *latents.shape[1:])
+        if latents is not None and latents.shape[:2] != (n, c.vae.latent_channels):
+            raise InputError(f"latents must be [{n}, {c.vae.latent_channels}, h, w], not "
+                             f"{list(latents.shape)}")
+        shape = (1, c.vae.latent_channels, *(size if latents is None else latents.shape[2:]))
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
         noise = lambda: torch.cat([torch.randn(shape, generator=g) for g in generators]).to(
             self.device)
-        x = noise() if latents is None else latents.to(self.device, torch.float32)
-        if x.shape[:2] != (len(context), c.vae.latent_channels) or x.ndim != 4:
-            raise InputError(f"latents must be [{len(context)}, {c.vae.latent_channels}, h, w], not "
-                             f"{list(x.shape)}")
-        guided = guidance_scale != 1.0        # at scale 1 the empty prompt has no say
-        if guided:
-            negative = self._context(negative_prompt)
-            if len(negative) > 1:
-                negative = negative.repeat_interleave(batch_size, dim=0)
-            if len(negative) not in (1, len(context)):
-                raise InputError(f"{len(negative)} negative prompts for {len(context)} pictures: "
-                                 "give one, or one for each prompt")
-            context = torch.cat([negative.expand_as(context), context])
-        scale = guidance_scale if guided else None
-        predict_eps = lambda x, t: self._guided_eps(x, t, context, scale)
-        return self._walk(SAMPLERS[sampler](predict_eps, x, self.alphas_cumprod, steps, noise, eta))
+        walk, plan_of, starts_at_sigma = SAMPLERS[sampler]
+        legs = plan_of(steps, self.alphas_cumprod)
+        x = start = noise() if latents is None else latents.to(self.device, torch.float32)
+        if starts_at_sigma:
+            x = (1 - legs[0].alpha_bar) ** 0.5 * start
+        # What the picture shall keep
+        known = None if image is None else self.encode_image(image).float().expand_as(x)
+        if known is not None and strength < 1:
+            legs = legs[steps - int(strength * steps) :]
+            if not legs:
+                return iter([Step(steps - 1, 0, known, torch.zeros_like(known), known)])
+            x = add_noise(known, start, legs[0].alpha_bar)
+        extra, keep = self._inpainting(image, mask, known, start)
+        predict_eps = lambda x, t, alpha_bar: self._guided_eps(x, t, alpha_bar, context, scale,
+                                                               extra)
+        return self._walk(walk(predict_eps, keep(x, legs[0].alpha_bar), legs, noise, eta), legs,
+                          keep)
+
+    def _contexts(self, prompt: Prompt, negative_prompt: Prompt, batch_size: int,
+                  guidance_scale: float) -> tuple[Tensor, float | None]:
+        """(context [n, L, D], None); or with guidance, that of the negative prompts and then of the
+        prompts, [2n, L, D], and the scale. At scale 1 the negative prompt has no say."""
+        def encoded(prompt: Prompt) -> Tensor:
+            if isinstance(prompt, Tensor):
+                return prompt.to(self.device, self.dtype)
+            return self.encode_text(prompt)
+
+        context = encoded(prompt).repeat_interleave(batch_size, dim=0)
+        if guidance_scale == 1.0:
+            return context, None
+        negative = encoded(negative_prompt)
+        if len(negative) > 1:
+            negative = negative.repeat_interleave(batch_size, dim=0)
+        if len(negative) not in (1, len(context)):
+            raise InputError(f"{len(negative)} negative prompts for {len(context)} pictures: give "
+                             "one, or one for each prompt")
+        return torch.cat([negative.expand_as(context), context]), guidance_scale
+
+    def _inpainting(self, image: Tensor | None, mask: Tensor | None, known: Tensor | None,
+                    noise: Tensor) -> tuple[Tensor | None, Callable[[Tensor, float], Tensor]]:
+        """What the two kinds of model need to keep a part of a picture: (channels that the U-Net
+        sees beside the latents, or None; a function that puts the known part into x at a noise
+        level).
+
+        An ordinary model is shown the known latents, with as much noise as x has, before each step
+        (CompVis ddim.py:144). One with 9 channels has learned to look at the mask and the rest of
+        the picture.
+        """
+        c = self.config
+        native = c.unet.in_channels > c.vae.latent_channels
+        if native and mask is None:
+            raise InputError("this model repaints: give it an image and a mask")
+        if mask is None:
+            return None, lambda x, alpha_bar: x
+        if native:
+            small = F.interpolate(mask.float(), noise.shape[2:])       # every eighth pixel
+            behind = self.encode_image(image.to(self.device) * ~mask.to(self.device)).float()
+            return torch.cat([small.to(behind), behind], dim=1), lambda x, alpha_bar: x
+        # Latents that a white pixel falls into are repainted
+        repaint = F.max_pool2d(mask.float(), c.latent_stride).bool().to(self.device)
+        return None, lambda x, alpha_bar: torch.where(repaint, x,
+                                                      add_noise(known, noise, alpha_bar))
 
     @torch.no_grad()
-    def _guided_eps(self, x: Tensor, t: int, context: Tensor, scale: float | None) -> Tensor:
+    def _guided_eps(self, x: Tensor, t: float, alpha_bar: float, context: Tensor,
+                    scale: float | None, extra: Tensor | None) -> Tensor:
         """The network's ε for x [B, 4, h, w] at timestep t, with classifier-free guidance.
 
         With a scale s, context holds the negative prompts and then the prompts, and the guess goes
         from the one through the other: ε = ε₀ + s (ε₁ − ε₀) (Ho & Salimans 2022, arXiv:2207.12598).
         """
-        inputs = (x if scale is None else torch.cat([x, x])).to(self.dtype)
+        inputs = x if extra is None else torch.cat([x, extra.expand(len(x), -1, -1, -1)], dim=1)
+        inputs = (inputs if scale is None else torch.cat([inputs, inputs])).to(self.dtype)
         times = torch.full((len(inputs),), t, device=self.device)
         out = self.unet(inputs, times, context).float()
         if scale is not None:
@@ -1023,23 +1249,80 @@ class LatentDiffusion(nn.Module):
             out = without + scale * (with_prompt - without)
         if self.config.prediction == "eps":
             return out
-        return eps_from_v(x, out, self.alphas_cumprod[t].item())
+        return eps_from_v(x, out, alpha_bar)
 
     @torch.no_grad()
-    def _walk(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The steps of a sampler, each checked to be finite."""
-        for step in steps:
+    def _walk(self, steps: Iterator[Step], legs: list[Leg],
+              keep: Callable[[Tensor, float], Tensor]) -> Iterator[Step]:
+        """The steps of a sampler, each checked to be finite, with the known part put in; at the end
+        without noise."""
+        for step, leg in zip(steps, legs):
             if not step.x.isfinite().all():
                 raise self._not_finite(f"step {step.index}")
+            step.x = keep(step.x, 1.0 if leg is legs[-1] else leg.next_alpha_bar)
             yield step
 
     def generate(self, prompt: Prompt, negative_prompt: Prompt = "", *, progress: bool = True,
                  **settings) -> list[Image.Image]:
         """The pictures, as PIL images. `settings`: `denoise` has them; progress: a bar."""
-        walk, total = self.denoise(prompt, negative_prompt, **settings), settings.get("steps", 50)
-        for step in tqdm(walk, "denoising", total, disable=not progress, unit="step"):
+        image, mask = fit_pictures(settings.get("image"), settings.get("mask"), self.config.stride,
+                                   settings.get("width"), settings.get("height"))
+        settings.update(image=image, mask=mask)
+        for step in tqdm(self.denoise(prompt, negative_prompt, **settings), "denoising",
+                         disable=not progress, unit="step"):
             pass
-        return to_pil(self.decode_latents(step.x))
+        return to_pil(paste(self.decode_latents(step.x), image, mask))
+
+    @contextlib.contextmanager
+    def attention(self, detail: bool = False) -> Iterator["AttentionMaps"]:
+        """`with ldm.attention() as maps:` records where the U-Net looks for each word. The maps are
+        computed beside the pictures, which stay the same to the bit. detail: keeps every network
+        call apart rather than their sum."""
+        maps = AttentionMaps(detail)
+        handles = [self.unet.register_forward_pre_hook(lambda _, args: maps.begin(args[0]))]
+        handles += [block.cross_attention.register_forward_hook(
+                        lambda layer, args, _: maps.add(layer.weights(*args)))
+                    for block in self.unet.modules() if isinstance(block, SpatialTransformer)]
+        try:
+            yield maps
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class AttentionMaps:
+    """Cross-attention: how much each place looks at each token, over the tokens a sum of 1.
+
+    `calls`: for each network call the layers in their running order, [B, heads, h, w, L] each;
+    without detail one entry, the sum over all `count` calls. With guidance B is twice the number
+    of pictures: first the negative prompts, then the prompts.
+    """
+
+    def __init__(self, detail: bool):
+        self.detail, self.calls, self.count = detail, [], 0
+
+    def begin(self, x: Tensor) -> None:
+        """A network call begins, with latents x [B, 4, h, w]."""
+        self.size, self.layer, self.count = x.shape[2:], 0, self.count + 1
+        if self.detail or not self.calls:
+            self.calls.append([])
+
+    def add(self, weights: Tensor) -> None:
+        """weights of the next layer, [B, heads, N, L]."""
+        halved = math.isqrt(self.size.numel() // weights.shape[2])        # 1, 2, 4 or 8
+        weights = weights.float().unflatten(2, [side // halved for side in self.size]).cpu()
+        layers = self.calls[-1]
+        if self.layer < len(layers):
+            layers[self.layer] += weights
+        else:
+            layers.append(weights)
+        self.layer += 1
+
+    def mean(self) -> Tensor:
+        """Averaged over calls, layers and heads, at the size of the latents: [B, L, h, w]."""
+        maps = [F.interpolate(w.mean(dim=1).movedim(-1, 1), tuple(self.size), mode="bilinear")
+                for layers in self.calls for w in layers]
+        return sum(maps) / (self.count * len(self.calls[0]))
 
 
 def read_weights(path: Path, device: torch.device) -> tuple[Config, Tokenizer, dict[str, Tensor]]:
@@ -1078,7 +1361,8 @@ def parse_header(header: dict[str, str]) -> tuple[Config, Tokenizer]:
 
 
 def check_settings(c: Config, sampler: str, steps: int, width: int | None, height: int | None,
-                   seed: int, batch_size: int, guidance_scale: float, eta: float) -> None:
+                   seed: int, batch_size: int, guidance_scale: float, eta: float,
+                   strength: float) -> None:
     """Raises InputError for what no picture can be made from."""
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}; there are: {', '.join(sorted(SAMPLERS))}")
@@ -1090,9 +1374,42 @@ def check_settings(c: Config, sampler: str, steps: int, width: int | None, heigh
     for name, value, low, high in (
             ("steps", steps, 1, c.schedule.num_timesteps), ("seed", seed, 0, 2**63 - 1),
             ("batch_size", batch_size, 1, 2**16), ("eta", eta, 0, 1),
-            ("guidance_scale", guidance_scale, -1000, 1000)):
+            ("guidance_scale", guidance_scale, -1000, 1000), ("strength", strength, 0, 1)):
         if not low <= value <= high:          # "not a number" is not within anything, either
             raise InputError(f"{name} must be from {low} to {high}, not {value}")
+
+
+def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width: int | None,
+                 height: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """An image and its mask (white: repaint) as tensors [B, 3, H, W] in [−1, 1] and bool
+    [1, 1, H, W].
+
+    Pictures are turned as their EXIF orientation says, resized and cropped to width and height, or
+    else to the multiples of `stride` nearest to their size. Tensors are left as they are.
+    """
+    if image is None:
+        if mask is not None:
+            raise InputError("a mask needs an image that it belongs to")
+        return None, None
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        size = [given or max(1, round(own / stride)) * stride
+                for given, own in zip((width, height), image.size)]
+        if isinstance(mask, Image.Image):
+            if ImageOps.exif_transpose(mask).size != image.size:
+                print(f"tiny_ldm: the mask is {mask.width}x{mask.height} and the image "
+                      f"{image.width}x{image.height}; resizing the mask", file=sys.stderr)
+            mask = to_tensor([ImageOps.fit(ImageOps.exif_transpose(mask).convert("RGB"), size)])[:, :1] > 0
+        image = to_tensor([ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)])
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise InputError(f"an image tensor must be [B, 3, H, W], not {list(image.shape)}")
+    return image, mask
+
+
+def paste(pictures: Tensor, image: Tensor | None, mask: Tensor | None) -> Tensor:
+    """pictures [B, 3, H, W], but the given image's pixels where its mask is black."""
+    return pictures if mask is None else torch.where(mask.to(pictures.device), pictures,
+                                                     image.to(pictures.device))
 
 
 def pick_device(name: str) -> torch.device:
@@ -1711,6 +2028,7 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
 # %% 11. Command line
 # --------------------------------------------------------------------------------------------------
 # python tiny_ldm.py "a red circle left of a blue square"       makes a picture and prints its name
+# python tiny_ldm.py --again FILE.png                           makes it again
 # python tiny_ldm.py --train shapes -o FILE                     trains a model
 # Progress goes to stderr. Bad input is one line there and exit code 2; only errors of this program
 # itself show a traceback.
@@ -1742,7 +2060,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     add("--width", type=int, metavar="W")
     add("--height", type=int, metavar="H")
+    add("--image", metavar="FILE", help="a picture to begin with")
+    add("--strength", type=float, default=0.75, metavar="X",
+        help="how far from it, 0 to 1 (default: 0.75)")
+    add("--mask", metavar="FILE", help="repaint only where this picture is white")
     add("--film", metavar="FILE", help="also write how it formed: a strip (.png) or a .gif")
+    add("--attention", metavar="FILE", help="also draw where the model looked for each word (.png)")
+    add("--again", metavar="FILE", help="the picture in this .png once more, with its settings")
     add = ap.add_argument_group("training").add_argument
     add("--train", metavar="shapes|FOLDER", help="the Shapes world, or captioned pictures")
     for name, default, what in (
@@ -1753,6 +2077,51 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return ap.parse_args(argv)
 
 
+# The settings that make a picture: their names in its text chunk, and the arguments.
+SETTINGS = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance_scale", "Seed": "seed",
+            "Eta": "eta", "Precision": "dtype", "Weights": "weights", "Image": "image",
+            "Strength": "strength", "Mask": "mask"}
+
+
+def parameters_text(args: argparse.Namespace, config: Config, image: Image.Image) -> str:
+    """The settings in the form that viewers of this field read from a PNG's text chunk
+    `parameters`: the prompt, "Negative prompt: ...", and a line of "Name: value" pairs."""
+    def quoted(value) -> str:
+        return json.dumps(value) if re.search('[,:"]', str(value)) else str(value)
+
+    one_line = lambda text: " ".join(text.split())      # the tokenizer sees no difference
+    pairs = {name: getattr(args, key) for name, key in SETTINGS.items()}
+    if args.image is None:
+        del pairs["Strength"]
+    pairs.update(Size=f"{image.width}x{image.height}", Model=config.name)
+    lines = [f"Negative prompt: {one_line(args.negative_prompt)}"] if args.negative_prompt else []
+    line = ", ".join(f"{k}: {quoted(v)}" for k, v in pairs.items() if v is not None)
+    return "\n".join([one_line(args.prompt), *lines, line])
+
+
+def settings_of(file: str) -> list[str]:
+    """The inverse: the arguments that make the picture in a .png again. Raises InputError."""
+    open_image(file)
+    with Image.open(file) as image:
+        text = getattr(image, "text", {}).get("parameters", "")
+    words, _, line = text.rpartition("\n")
+    prompt, _, negative = words.partition("\nNegative prompt: ")
+    found = dict(re.findall(r'(\w[\w ]*): ("(?:\\.|[^"\\])*"|[^,]*)', line))
+    size = re.fullmatch(r"(\d+)x(\d+)", found.get("Size", ""))
+    if not (prompt and size and "Seed" in found):
+        raise InputError(f"{file} has no settings in it (a text chunk `parameters`); give a .png "
+                         "that tiny_ldm wrote")
+    argv = [f"--width={size[1]}", f"--height={size[2]}", f"--negative-prompt={negative}"]
+    for name, key in SETTINGS.items():
+        if value := found.get(name):
+            try:
+                value = json.loads(value) if value.startswith('"') else value
+            except ValueError:
+                raise InputError(f"{file} has damaged settings: {shortened(line)}") from None
+            argv.append(f"--{key.replace('_', '-')}={value}")
+    return [*argv, "--", prompt]
+
+
 def picture_path(args: argparse.Namespace, seed: int) -> Path:
     """Where a picture goes: -o, or a name made of prompt and seed; several have the seed in it."""
     if args.output is None:
@@ -1760,17 +2129,6 @@ def picture_path(args: argparse.Namespace, seed: int) -> Path:
         return Path(f"{words or 'picture'}-{seed}.png")
     path = Path(args.output)
     return path if args.count == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
-
-
-def parameters_text(args: argparse.Namespace, config: Config, image: Image.Image, seed: int) -> str:
-    """The settings in the three-line form that viewers of this field read from a PNG's text chunk
-    `parameters`."""
-    negative = [f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []
-    settings = {"Steps": args.steps, "Sampler": args.sampler,
-                "CFG scale": f"{args.guidance_scale:g}", "Seed": seed,
-                "Size": f"{image.width}x{image.height}", "Model": config.name,
-                "Eta": f"{args.eta:g}", "Precision": args.dtype}
-    return "\n".join([args.prompt, *negative, ", ".join(f"{k}: {v}" for k, v in settings.items())])
 
 
 def check_paths(args: argparse.Namespace) -> list[Path]:
@@ -1784,41 +2142,57 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
         raise InputError(f"the prompt is not UTF-8 text: {args.prompt!a}") from None
     if args.count < 1:
         raise InputError(f"-n must be at least 1, not {args.count}")
-    if args.output is not None and Path(args.output).suffix.lower() != ".png":
-        raise InputError(f"the picture is written as .png; {args.output!r} does not end so")
     paths = [picture_path(args, args.seed + i) for i in range(args.count)]
-    if args.film is not None and Path(args.film).suffix.lower() not in (".png", ".gif"):
-        raise InputError(f"the film is written as .png or .gif; {args.film!r} does not end so")
-    for path in [paths[0], Path(args.film or ".")]:
-        if not path.parent.is_dir():
-            raise InputError(f"the folder {path.parent} does not exist; make it first")
+    for what, file, endings in (("picture", args.output, (".png",)),
+                                ("film", args.film, (".png", ".gif")),
+                                ("attention map", args.attention, (".png",))):
+        if file is not None and Path(file).suffix.lower() not in endings:
+            raise InputError(f"the {what} is written as {' or '.join(endings)}; {file!r} does not "
+                             "end so")
+        if file is not None and not Path(file).parent.is_dir():
+            raise InputError(f"the folder {Path(file).parent} does not exist; make it first")
     return paths
 
 
 def make_pictures(args: argparse.Namespace) -> None:
-    """What the command does without --train."""
+    """What the command does without --train. Pictures are made one by one, so that each is the
+    same to the bit as when it is made alone."""
     paths = check_paths(args)
+    image, mask = (file and open_image(file) for file in (args.image, args.mask))
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
     unknown = ldm.tokenizer.unknown_words(args.prompt)
     if args.weights is None and unknown:
         print(f"tiny_ldm: the built-in model knows coloured shapes ({', '.join(COLOURS)}; "
               f"{', '.join(SHAPE_NAMES)}) and has never met: {shortened(', '.join(unknown))}; for "
               "other pictures get Stable Diffusion (see README.md)", file=sys.stderr)
-    walk = ldm.denoise(args.prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
-                       guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed,
-                       batch_size=args.count, width=args.width, height=args.height)
-    frames, shown = [], {round(i * (args.steps - 1) / 9) for i in range(10)}    # first to last step
-    for step in tqdm(walk, "denoising", args.steps, unit="step"):
-        if args.film and step.index in shown:
-            frames.append(grid(to_pil(ldm.decode_latents(step.x0)), args.count))
-    for i, image in enumerate(to_pil(ldm.decode_latents(step.x))):
+    image, mask = fit_pictures(image, mask, ldm.config.stride, args.width, args.height)
+    films, attention = [], []
+    for path in paths:
+        with ldm.attention() if args.attention else contextlib.nullcontext() as maps:
+            steps = list(tqdm(ldm.denoise(
+                args.prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
+                guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed, width=args.width,
+                height=args.height, image=image, strength=args.strength, mask=mask),
+                "denoising", unit="step"))
+        picture = to_pil(paste(ldm.decode_latents(steps[-1].x), image, mask))[0]
         info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", parameters_text(args, ldm.config, image, args.seed + i))
-        write_whole(paths[i], lambda file: image.save(file, "PNG", pnginfo=info))
-        print(paths[i])
+        info.add_text("parameters", parameters_text(args, ldm.config, picture))
+        write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=info))
+        print(path)
+        if args.film:                          # ten of the steps, from first to last
+            shown = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
+            films.append(to_pil(torch.cat([ldm.decode_latents(s.x0) for s in shown])))
+        if args.attention and maps.count:
+            attention += draw_attention(picture, ldm.tokenizer.words(args.prompt), maps.mean()[-1])
+        args.seed += 1
     if args.film:
+        frames = [grid(list(pictures), len(films)) for pictures in zip(*films)]
         write_whole(args.film, lambda file: save_film(frames, file, Path(args.film).suffix.lower()))
         print(args.film)
+    if attention:
+        sheet = grid(attention, len(attention) // len(paths))
+        write_whole(args.attention, lambda file: sheet.save(file, "PNG"))
+        print(args.attention)
 
 
 def save_film(frames: list[Image.Image], file: str, ending: str) -> None:
@@ -1829,11 +2203,36 @@ def save_film(frames: list[Image.Image], file: str, ending: str) -> None:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0)
 
 
+def draw_attention(picture: Image.Image, words: list[tuple[str, list[int]]],
+                   maps: Tensor) -> list[Image.Image]:
+    """The picture, and for each word (its text, its places in L) the picture lit where the model
+    looked for it; maps [L, h, w]."""
+    scale = max(1, 128 // picture.width)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    cards = []
+    for word, places in [("", []), *words]:
+        lit = picture
+        if places:
+            heat = maps[places].mean(dim=0)
+            heat = (255 * (heat - heat.min()) / (heat.max() - heat.min() + 1e-9)).byte().numpy()
+            light = Image.fromarray(heat).resize(picture.size, Image.Resampling.BICUBIC)
+            lit = Image.composite(picture, picture.point(lambda v: v // 5), light)
+        card = Image.new("RGB", (picture.width + 8, picture.height + 24), "white")
+        card.paste(lit, (4, 4))
+        ImageDraw.Draw(card).text((6, picture.height + 7), word, "black")
+        cards.append(card)
+    return cards
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
     try:
         args = parse_args(argv)
-        if args.train is None:
+        if args.again is not None:
+            again = parse_args(settings_of(args.again))
+            again.output, again.device = args.output, args.device
+            make_pictures(again)
+        elif args.train is None:
             make_pictures(args)
         elif args.output is None:
             raise InputError("--train needs -o FILE.safetensors, where the model goes")
@@ -1847,8 +2246,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tiny_ldm: {e}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError) as e:
-        print(f"tiny_ldm: not enough memory ({shortened(str(e))}); make fewer or smaller pictures "
-              "at once, or use --dtype bfloat16", file=sys.stderr)
+        print(f"tiny_ldm: not enough memory ({shortened(str(e))}); make a smaller picture, or use "
+              "--dtype bfloat16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tiny_ldm: interrupted", file=sys.stderr)

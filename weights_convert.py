@@ -544,8 +544,8 @@ def to_official(source: str, out: Path | None = None, dtype: torch.dtype | None 
     c, _, tensors = read_weights(Path(source), torch.device("cpu"))
     like = like_sd1(c.unet.in_channels, c.unet.channels, c.vae.channels, c.text)
     if replace(like, name=c.name, image_size=c.image_size) != c:
-        raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x; the official "
-                         "layout has no names for it")
+        raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x; the "
+                         "official layout has no names for it")
     plan = {}
     for ours, entry in name_map(c).items():
         for name, piece in zip(entry.official, tensors[ours].chunk(len(entry.official))):
