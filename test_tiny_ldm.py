@@ -29,7 +29,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -953,8 +953,8 @@ def test_command_makes_a_picture_and_says_only_its_name(tmp_path):
     image = Image.open(tmp_path / name)
     assert image.size == (SHAPES.image_size,) * 2
     assert image.text["parameters"].splitlines() == [
-        prompt, "Steps: 3, Sampler: ddim, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: shapes, "
-                "Eta: 0, Precision: float32"]
+        prompt, "Steps: 3, Sampler: ddim, CFG scale: 7.5, Seed: 0, Eta: 0.0, "
+                "Precision: float32, Size: 64x64, Model: shapes"]
     assert Image.open(tmp_path / "f.gif").n_frames >= 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [name, "f.gif"]
 
@@ -968,6 +968,31 @@ def test_command_counts_seeds_and_tells_what_it_does_not_know(tmp_path):
     image = Image.open(tmp_path / "x-6.png")
     assert image.size == (128, 64)
     assert image.text["parameters"].splitlines()[1] == "Negative prompt: a star"
+
+
+def test_again_makes_the_same_file(tmp_path):
+    """The second of two pictures, with everything that can be set, and names that need quotes."""
+    gradient(48, 32).save(tmp_path / 'an, "odd": name.png')
+    mask = Image.new("L", (24, 16))                     # of another size: a note says so
+    mask.paste(255, (0, 0, 12, 16))
+    mask.save(tmp_path / "m.png")
+    done = run("a red  circle,\nSteps: 3", "--image", 'an, "odd": name.png', "--mask", "m.png",
+               "-n", 2, "--steps", 3, "--sampler", "euler_a", "--guidance-scale", 1 / 3,
+               "--strength", 0.9, "--negative-prompt", "a star,\n blue", "--seed", 7, "--dtype",
+               "bfloat16", "-o", "x.png", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "x-7.png\nx-8.png\n"), done.stderr
+    assert "tiny_ldm: the mask is 24x16 and the image 48x32; resizing the mask" in done.stderr
+    assert run("--again", "x-8.png", "-o", "y.png", cwd=tmp_path).stdout == "y.png\n"
+    assert (tmp_path / "y.png").read_bytes() == (tmp_path / "x-8.png").read_bytes()
+    assert (tmp_path / "y.png").read_bytes() != (tmp_path / "x-7.png").read_bytes()
+
+
+def test_film_and_attention_are_drawn(tmp_path):
+    done = run("a red circle", "-n", 2, "--steps", 4, "-o", "x.png", "--film", "f.gif",
+               "--attention", "a.png", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "x-0.png\nx-1.png\nf.gif\na.png\n"), done.stderr
+    assert Image.open(tmp_path / "f.gif").size == (128, 64)
+    assert Image.open(tmp_path / "a.png").size == (4 * 136, 2 * 152)     # 4 cards, 2 rows
 
 
 @pytest.fixture(scope="module")
@@ -992,6 +1017,11 @@ def bad_files(tmp_path_factory):
         save_file(changed, d / f"{name}.safetensors", metadata)
     save_file(tensors, d / "config.safetensors", {**metadata, "config": "{"})
     save_file(tensors, d / "words.safetensors", {**metadata, "tokenizer": "{}"})
+    for name, text in (("p", ""), ("odd", "a cat\nSteps: 2, Sampler: Euler a, Seed: 1, Size: 64x64"),
+                       ("damaged", "a cat\nSteps: x, Seed: 1, Size: 64x64")):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        Image.new("RGB", (64, 64)).save(d / f"{name}.png", pnginfo=info)
     (d / "empty").mkdir()
     (d / "unreadable").mkdir()
     (d / "unreadable" / "broken.png").write_bytes(b"\x89PNG\r\n")
@@ -1005,7 +1035,7 @@ BAD = [
     ([""], "the prompt is empty"),
     (["  "], "the prompt is empty"),
     ([], "the prompt is empty"),
-    (["a", "--sampler", "magic"], "unknown sampler 'magic'; there are: ddim, ddpm"),
+    (["a", "--sampler", "magic"], "unknown sampler 'magic'; there are: ddim, ddpm, dpmpp"),
     (["a", "--steps", "0"], "steps must be from 1 to 1000, not 0"),
     (["a", "--steps", "1001"], "steps must be from 1 to 1000, not 1001"),
     (["a", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
@@ -1015,6 +1045,18 @@ BAD = [
     (["a", "--seed", "-1"], "seed must be from 0 to"),
     (["a", "--eta", "2"], "eta must be from 0 to 1, not 2.0"),
     (["a", "--guidance-scale", "nan"], "guidance_scale must be from -1000 to 1000, not nan"),
+    (["a", "--strength", "1.5"], "strength must be from 0 to 1, not 1.5"),
+    (["a", "--image", "none.png"], "no picture at none.png"),
+    (["a", "--image", "text.safetensors"], "text.safetensors can't be read as a picture"),
+    (["a", "--image", "p.png", "--mask", "none.png"], "no picture at none.png"),
+    (["a", "--image", "p.png", "--width", "0"], "width 0 is not a multiple of 16"),
+    (["a", "--mask", "p.png"], "a mask needs an image that it belongs to"),
+    (["a", "--attention", "x.gif"], "the attention map is written as .png; 'x.gif' does not"),
+    (["a", "--attention", "nowhere/x.png"], "the folder nowhere does not exist"),
+    (["--again", "none.png"], "no picture at none.png"),
+    (["--again", "p.png"], "p.png has no settings in it"),
+    (["--again", "odd.png"], "unknown sampler 'Euler a'"),
+    (["--again", "damaged.png"], "argument --steps: invalid int value: 'x'"),
     (["a", "--nonsense"], "unrecognized arguments: --nonsense"),
     (["a", "-o", "nowhere/x.png"], "the folder nowhere does not exist"),
     (["a", "-o", "x.bmp"], "the picture is written as .png; 'x.bmp' does not end so"),
@@ -1342,7 +1384,8 @@ def our_networks(ldm: LatentDiffusion) -> Networks:
 
 def their_networks(text, unet, vae) -> Networks:
     import diffusers
-    scheduler = diffusers.DDIMScheduler(**SD1_SCHEDULE, set_alpha_to_one=False)
+    scheduler = diffusers.DDIMScheduler(**SD1_SCHEDULE, steps_offset=1, clip_sample=False,
+                                        set_alpha_to_one=False)
     finish = diffusers.image_processor.VaeImageProcessor().postprocess
 
     def encode(image):
