@@ -1157,8 +1157,7 @@ class LatentDiffusion(nn.Module):
         c = self.config
         image, mask = fit_pictures(image, mask, c.stride, width, height)
         height, width = image.shape[2:] if image is not None else (height, width)
-        check_settings(c, sampler, steps, width, height, seed, batch_size, guidance_scale, eta,
-                       strength)
+        check_settings(c, sampler, steps, seed, batch_size, guidance_scale, eta, strength)
         context, scale = self._contexts(prompt, negative_prompt, batch_size, guidance_scale)
         n = len(context) // (1 if scale is None else 2)
         size = [(side or c.image_size) // c.latent_stride for side in (height, width)]
@@ -1360,17 +1359,11 @@ def parse_header(header: dict[str, str]) -> tuple[Config, Tokenizer]:
     return config, Tokenizer(backend, config.text.max_length)
 
 
-def check_settings(c: Config, sampler: str, steps: int, width: int | None, height: int | None,
-                   seed: int, batch_size: int, guidance_scale: float, eta: float,
-                   strength: float) -> None:
+def check_settings(c: Config, sampler: str, steps: int, seed: int, batch_size: int,
+                   guidance_scale: float, eta: float, strength: float) -> None:
     """Raises InputError for what no picture can be made from."""
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}; there are: {', '.join(sorted(SAMPLERS))}")
-    for name, n in (("width", width), ("height", height)):
-        if n is not None and (n <= 0 or n % c.stride):
-            below = max(c.stride, n // c.stride * c.stride)
-            near = f"{below} or {below + c.stride}" if n > below else f"{below}"
-            raise InputError(f"{name} {n} is not a multiple of {c.stride}; the nearest: {near}")
     for name, value, low, high in (
             ("steps", steps, 1, c.schedule.num_timesteps), ("seed", seed, 0, 2**63 - 1),
             ("batch_size", batch_size, 1, 2**16), ("eta", eta, 0, 1),
@@ -1385,8 +1378,18 @@ def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width
     [1, 1, H, W].
 
     Pictures are turned as their EXIF orientation says, resized and cropped to width and height, or
-    else to the multiples of `stride` nearest to their size. Tensors are left as they are.
+    else to the multiples of `stride` nearest to their size. Tensors are left as they are. Raises
+    InputError for sizes that are not multiples of `stride`, and for a mask alone.
     """
+    if isinstance(image, Tensor):
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise InputError(f"an image tensor must be [B, 3, H, W], not {list(image.shape)}")
+        height, width = image.shape[2:]
+    for name, n in (("width", width), ("height", height)):
+        if n is not None and (n <= 0 or n % stride):
+            below = max(stride, n // stride * stride)
+            near = f"{below} or {below + stride}" if n > below else f"{below}"
+            raise InputError(f"{name} {n} is not a multiple of {stride}; the nearest: {near}")
     if image is None:
         if mask is not None:
             raise InputError("a mask needs an image that it belongs to")
@@ -1401,8 +1404,6 @@ def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width
                       f"{image.width}x{image.height}; resizing the mask", file=sys.stderr)
             mask = to_tensor([ImageOps.fit(ImageOps.exif_transpose(mask).convert("RGB"), size)])[:, :1] > 0
         image = to_tensor([ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)])
-    if image.ndim != 4 or image.shape[1] != 3:
-        raise InputError(f"an image tensor must be [B, 3, H, W], not {list(image.shape)}")
     return image, mask
 
 
@@ -2160,11 +2161,6 @@ def make_pictures(args: argparse.Namespace) -> None:
     paths = check_paths(args)
     image, mask = (file and open_image(file) for file in (args.image, args.mask))
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
-    unknown = ldm.tokenizer.unknown_words(args.prompt)
-    if args.weights is None and unknown:
-        print(f"tiny_ldm: the built-in model knows coloured shapes ({', '.join(COLOURS)}; "
-              f"{', '.join(SHAPE_NAMES)}) and has never met: {shortened(', '.join(unknown))}; for "
-              "other pictures get Stable Diffusion (see README.md)", file=sys.stderr)
     image, mask = fit_pictures(image, mask, ldm.config.stride, args.width, args.height)
     films, attention = [], []
     for path in paths:
@@ -2193,6 +2189,11 @@ def make_pictures(args: argparse.Namespace) -> None:
         sheet = grid(attention, len(attention) // len(paths))
         write_whole(args.attention, lambda file: sheet.save(file, "PNG"))
         print(args.attention)
+    unknown = ldm.tokenizer.unknown_words(args.prompt)
+    if args.weights is None and unknown:
+        print(f"tiny_ldm: the built-in model knows coloured shapes ({', '.join(COLOURS)}; "
+              f"{', '.join(SHAPE_NAMES)}) and has never met: {shortened(', '.join(unknown))}; for "
+              "other pictures get Stable Diffusion (see README.md)", file=sys.stderr)
 
 
 def save_film(frames: list[Image.Image], file: str, ending: str) -> None:
