@@ -4,6 +4,8 @@
     python test_tiny_ldm.py 200             the README's table: 200 captions of each kind, judged
                                             from the pixels
     python test_tiny_ldm.py 200 --weights FILE
+    python test_tiny_ldm.py 25 --samplers FILE.png      prompt-following of every sampler
+    python test_tiny_ldm.py 1 --ways FILE.png           a picture for each way to walk
     python test_tiny_ldm.py --golden        the reference implementations' numbers in GOLDEN
 """
 import copy
@@ -1651,24 +1653,41 @@ CLIP = Path(os.environ.get("TINY_LDM_CLIP_DIR", "nowhere"))
 CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 
 
-@pytest.mark.skipif(not CLIP.is_dir(),
-                    reason="TINY_LDM_CLIP_DIR names no folder with CLIP's vocabulary")
-def test_ids_are_those_of_clips_tokenizer(tmp_path, capsys):
-    tokenizer = Tokenizer(weights_convert.read_tokenizer(CLIP / CLIP_FILE), 77)
+@pytest.fixture
+def clip():
+    """CLIP's tokenizer, from OpenAI's file."""
+    if not CLIP.is_dir():
+        pytest.skip("TINY_LDM_CLIP_DIR names no folder with CLIP's vocabulary")
+    return Tokenizer(weights_convert.read_tokenizer(CLIP / CLIP_FILE), 77)
+
+
+def test_ids_are_those_of_clips_tokenizer(clip, capsys):
     for line in (CLIP / "tokens.jsonl").read_text("utf-8").splitlines():
         case = json.loads(line)
         ids = case["ids"][:76] + [49407] * max(1, 77 - len(case["ids"]))
-        assert tokenizer([case["text"]])[0].tolist() == ids[:77], case["text"]
-    vocab = tokenizer.backend.get_vocab()
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    merges = json.loads(tokenizer.backend.to_str())["model"]["merges"]
-    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
-    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n")
-    assert weights_convert.read_tokenizer(tmp_path).to_str() == tokenizer.backend.to_str()
+        assert clip([case["text"]])[0].tolist() == ids[:77], case["text"]
     capsys.readouterr()
-    assert tokenizer(["a " * 75 + "red fox"])[0, -2:].tolist() == [320, 49407]
+    assert clip(["a " * 75 + "red fox"])[0, -2:].tolist() == [320, 49407]
     message = "tiny_ldm: the prompt is longer than 75 tokens; cut off: 'red fox'\n"
     assert capsys.readouterr().err == message
+
+
+def test_a_tokenizer_folder_gives_the_same_and_transformers_agrees(clip, tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps(clip.backend.get_vocab()))
+    merges = json.loads(clip.backend.to_str())["model"]["merges"]
+    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
+    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n")
+    assert weights_convert.read_tokenizer(tmp_path).to_str() == clip.backend.to_str()
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    words = ["a", "Photo", "THE", "don't", "we'LL", "é", "e\u0301", "ß", "İ", "ﬁ", "日本", "👩\u200d🚀",
+             "1234", "3.5", "--", "(((", "<|startoftext|>", "<|endoftext|>", "\t", "\u00a0", "_x_",
+             "&amp;", "ǅ", "٣", "x" * 30]
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choice(words) + rng.choice(["", " ", "  "]) for _ in range(30))
+        wanted = theirs(text, padding="max_length", truncation=True, max_length=77)["input_ids"]
+        assert clip([text], warn=False)[0].tolist() == wanted, text
 
 
 # What float32 on a CPU allows: max error over max value.
@@ -1737,23 +1756,31 @@ def test_full_size_stable_diffusion_equals_the_references(capsys):
 # --------------------------------------------------------------------------------------------------
 
 def print_table(argv: list[str]) -> None:
-    """The README's table of prompt-following, a row a kind of caption, and its grid of pictures."""
+    """What the README shows: the table of prompt-following, a row a kind of caption; with the
+    options also its pictures."""
     import argparse
     ap = argparse.ArgumentParser(description=print_table.__doc__)
     ap.add_argument("count", type=int, help="captions of each kind")
     ap.add_argument("--weights")
     ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--sampler", default="ddim")
     ap.add_argument("--guidance-scale", type=float, default=7.5)
+    ap.add_argument("--dtype", default="float32")
     ap.add_argument("--failures", action="store_true", help="also print what was wrong")
     ap.add_argument("--grid", metavar="FILE", help="also draw the first pictures of each kind")
+    ap.add_argument("--samplers", metavar="FILE", help="instead compare the samplers, as a plot")
+    ap.add_argument("--ways", metavar="FILE", help="instead draw one picture for each way to walk")
     args = ap.parse_args(argv)
-    ldm, rows = LatentDiffusion.load(args.weights), []
+    ldm, rows = LatentDiffusion.load(args.weights, dtype=getattr(torch, args.dtype)), []
+    if args.samplers:
+        return compare_samplers(ldm, args.count, args.samplers)
+    if args.ways:
+        return draw_ways(ldm, args.ways)
     print("| captions | right |\n|---|---|")
     for kind in KINDS:
-        judged = prompt_following(ldm, kind, args.count, steps=args.steps,
+        judged = prompt_following(ldm, kind, args.count, steps=args.steps, sampler=args.sampler,
                                   guidance_scale=args.guidance_scale)
-        right = sum(not wrong for _, _, wrong in judged) / len(judged)
-        print(f"| {kind} | {100 * right:.1f} % |", flush=True)
+        print(f"| {kind} | {100 * right(judged):.1f} % |", flush=True)
         rows += judged[:6]
         if args.failures:
             print("\n".join(f"    {caption}: {wrong}" for _, caption, wrong in judged if wrong))
@@ -1761,7 +1788,11 @@ def print_table(argv: list[str]) -> None:
         tiny_ldm.grid([labelled(*row) for row in rows], 6).save(args.grid)
 
 
-def labelled(image: Image.Image, caption: str, wrong: str) -> Image.Image:
+def right(judged: list[tuple[Image.Image, str, str]]) -> float:
+    return sum(not wrong for _, _, wrong in judged) / len(judged)
+
+
+def labelled(image: Image.Image, caption: str, wrong: str = "") -> Image.Image:
     """A picture at 128 x 128 with its caption below, and a mark where the judge disagrees."""
     card = Image.new("RGB", (144, 192), "white")
     card.paste(image.resize((128, 128), Image.Resampling.NEAREST), (8, 8))
@@ -1771,6 +1802,62 @@ def labelled(image: Image.Image, caption: str, wrong: str) -> Image.Image:
     if wrong:
         pen.text((128, 176), "x", "red", font)
     return card
+
+
+CALLS = (5, 10, 20, 50)
+
+
+def compare_samplers(ldm: LatentDiffusion, count: int, file: str) -> None:
+    """Prompt-following against network calls for each sampler: a table, and a plot of it."""
+    print("| sampler | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |")
+    print("|---" * (1 + len(CALLS)) + "|")
+    shares = {}
+    for sampler in tiny_ldm.SAMPLERS:
+        shares[sampler] = []
+        for calls in CALLS:         # PLMS calls once more than it steps
+            judged = [row for kind in KINDS for row in prompt_following(
+                ldm, kind, count, steps=calls - (sampler == "plms"), sampler=sampler)]
+            shares[sampler].append(right(judged))
+        row = " | ".join(f"{100 * share:.0f} %" for share in shares[sampler])
+        print(f"| {sampler} | {row} |", flush=True)
+    plot = Image.new("RGB", (640, 340), "white")
+    pen, font = ImageDraw.Draw(plot), ImageFont.load_default(13)
+    at = lambda i, share: (60 + 130 * i, 300 - 280 * share)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        pen.line([at(0, share), at(3, share)], "lightgrey")
+        pen.text((10, at(0, share)[1] - 8), f"{100 * share:.0f} %", "black", font)
+    for i, calls in enumerate(CALLS):
+        pen.text((at(i, 0)[0] - 8, 306), f"{calls}", "black", font)
+    pen.text((200, 322), "network calls; captions that the picture shows", "black", font)
+    colours = [rgb for name, rgb in COLOURS.items() if name != "white"] + [(140, 140, 140)]
+    for n, ((sampler, line), colour) in enumerate(zip(shares.items(), colours)):
+        pen.line([at(i, share) for i, share in enumerate(line)], colour, 3)
+        pen.rectangle((480, 34 + 22 * n, 494, 40 + 22 * n), colour)
+        pen.text((502, 29 + 22 * n), sampler, "black", font)
+    plot.save(file)
+
+
+def draw_ways(ldm: LatentDiffusion, file: str) -> None:
+    """One picture for each way to walk, all from seed 3: the samplers, image to image, inpainting,
+    a negative prompt."""
+    prompt, settings = "a large yellow star on a blue background", dict(seed=3, progress=False)
+    cards = []
+    for sampler in tiny_ldm.SAMPLERS:
+        steps = 200 if sampler == "langevin" else 20
+        made, = ldm.generate(prompt, sampler=sampler, steps=steps, **settings)
+        cards.append(labelled(made, f"{sampler}, {steps} steps"))
+    scene = Scene((Thing("red", "circle"),) * 2)
+    image = draw(scene, [(36, 36, 22), (92, 92, 22)], ldm.config.image_size)
+    cards.append(labelled(image, "(a picture to begin with)"))
+    for strength in (0.5, 0.9):
+        made, = ldm.generate("two large green squares", image=image, strength=strength, **settings)
+        cards.append(labelled(made, f"two large green squares, strength {strength}"))
+    mask = Image.new("L", image.size)
+    mask.paste(255, (0, 0, image.width // 2, image.height // 2))
+    made, = ldm.generate("a blue star left of a red circle", image=image, mask=mask, strength=1,
+                         **settings)
+    cards.append(labelled(made, "a blue star left of a red circle, upper left repainted"))
+    tiny_ldm.grid(cards, 6).save(file)
 
 
 if __name__ == "__main__":

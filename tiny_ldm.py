@@ -1176,7 +1176,7 @@ class LatentDiffusion(nn.Module):
         # What the picture shall keep
         known = None if image is None else self.encode_image(image).float().expand_as(x)
         if known is not None and strength < 1:
-            legs = legs[steps - int(strength * steps) :]
+            legs = legs[steps - steps_walked(steps, image, strength) :]
             if not legs:
                 return iter([Step(steps - 1, 0, known, torch.zeros_like(known), known)])
             x = add_noise(known, start, legs[0].alpha_bar)
@@ -1190,15 +1190,10 @@ class LatentDiffusion(nn.Module):
                   guidance_scale: float) -> tuple[Tensor, float | None]:
         """(context [n, L, D], None); or with guidance, that of the negative prompts and then of the
         prompts, [2n, L, D], and the scale. At scale 1 the negative prompt has no say."""
-        def encoded(prompt: Prompt) -> Tensor:
-            if isinstance(prompt, Tensor):
-                return prompt.to(self.device, self.dtype)
-            return self.encode_text(prompt)
-
-        context = encoded(prompt).repeat_interleave(batch_size, dim=0)
+        context = self._context(prompt).repeat_interleave(batch_size, dim=0)
         if guidance_scale == 1.0:
             return context, None
-        negative = encoded(negative_prompt)
+        negative = self._context(negative_prompt)
         if len(negative) > 1:
             negative = negative.repeat_interleave(batch_size, dim=0)
         if len(negative) not in (1, len(context)):
@@ -1267,7 +1262,8 @@ class LatentDiffusion(nn.Module):
         image, mask = fit_pictures(settings.get("image"), settings.get("mask"), self.config.stride,
                                    settings.get("width"), settings.get("height"))
         settings.update(image=image, mask=mask)
-        for step in tqdm(self.denoise(prompt, negative_prompt, **settings), "denoising",
+        total = steps_walked(settings.get("steps", 50), image, settings.get("strength", 0.75))
+        for step in tqdm(self.denoise(prompt, negative_prompt, **settings), "denoising", total,
                          disable=not progress, unit="step"):
             pass
         return to_pil(paste(self.decode_latents(step.x), image, mask))
@@ -1405,6 +1401,11 @@ def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width
             mask = to_tensor([ImageOps.fit(ImageOps.exif_transpose(mask).convert("RGB"), size)])[:, :1] > 0
         image = to_tensor([ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)])
     return image, mask
+
+
+def steps_walked(steps: int, image: Picture | None, strength: float) -> int:
+    """How many of S steps are done: with an image only the last ones."""
+    return steps if image is None else int(strength * steps)
 
 
 def paste(pictures: Tensor, image: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -1972,8 +1973,8 @@ def read_checkpoint(path: Path, run: list[str]) -> dict | None:
     return found
 
 
-def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 3300,
-          unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 64, seed: int = 0,
+def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 4400,
+          unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 128, seed: int = 0,
           device: str = "auto", dtype: torch.dtype = torch.float32, save_minutes: float = 5.0,
           config: Config = SHAPES) -> None:
     """Trains on "shapes" or on a folder and writes the weights file `out`.
@@ -1982,7 +1983,8 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     where out + ".checkpoint" stands. Raises InputError.
     """
     out, device, run = Path(out), pick_device(device), [source, str(weights or "")]
-    for name, value, low in (("vae_steps", vae_steps, 1), ("unet_steps", unet_steps, 1), ("seed", seed, 0),
+    for name, value, low in (("seed", seed, 0), ("vae_steps", vae_steps, 1),
+                             ("unet_steps", unet_steps, 1),
                              ("vae_batch", vae_batch, 1), ("unet_batch", unet_batch, 1)):
         if not low <= value <= 2**31:
             raise InputError(f"{name} must be from {low} to {2**31}, not {value}")
@@ -2051,30 +2053,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--seed", type=int, default=0, metavar="N")
-    add = ap.add_argument_group("pictures").add_argument
     add("-n", "--count", type=int, default=1, metavar="COUNT", help="with seeds N, N+1, ...")
-    add("--steps", type=int, default=50, metavar="N", help="1 to 1000 (default: 50)")
-    add("--sampler", default="ddim", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
-    add("--guidance-scale", type=float, default=7.5, metavar="X",
-        help="how much the prompt counts (default: 7.5)")
-    add("--eta", type=float, default=0.0, metavar="X", help="fresh noise in ddim, 0 to 1 (0)")
-    add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    add("--width", type=int, metavar="W")
-    add("--height", type=int, metavar="H")
-    add("--image", metavar="FILE", help="a picture to begin with")
-    add("--strength", type=float, default=0.75, metavar="X",
-        help="how far from it, 0 to 1 (default: 0.75)")
-    add("--mask", metavar="FILE", help="repaint only where this picture is white")
-    add("--film", metavar="FILE", help="also write how it formed: a strip (.png) or a .gif")
-    add("--attention", metavar="FILE", help="also draw where the model looked for each word (.png)")
-    add("--again", metavar="FILE", help="the picture in this .png once more, with its settings")
-    add = ap.add_argument_group("training").add_argument
-    add("--train", metavar="shapes|FOLDER", help="the Shapes world, or captioned pictures")
-    for name, default, what in (
-            ("vae-steps", 3300, "steps of stage 1"), ("unet-steps", 20000, "steps of stage 2"),
-            ("vae-batch", 64, "pictures a step in stage 1"), ("unet-batch", 64, "and in stage 2")):
-        add(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
-    add("--save-minutes", type=float, default=5.0, metavar="X", help="between checkpoints (5)")
+    groups = {"pictures": (
+        ("steps", int, 50, "N", "1 to 1000"), ("sampler", str, "ddim", "NAME", ", ".join(SAMPLERS)),
+        ("guidance-scale", float, 7.5, "X", "how much the prompt counts"),
+        ("eta", float, 0.0, "X", "fresh noise in ddim, 0 to 1"),
+        ("negative-prompt", str, "", "TEXT", "what to steer away from"),
+        ("width", int, None, "W", "of the picture"), ("height", int, None, "H", "of the picture"),
+        ("image", str, None, "FILE", "a picture to begin with"),
+        ("strength", float, 0.75, "X", "how far from it, 0 to 1"),
+        ("mask", str, None, "FILE", "repaint only where this picture is white"),
+        ("film", str, None, "FILE", "also write how it formed: a strip (.png) or a .gif"),
+        ("attention", str, None, "FILE", "also draw where the model looked for each word (.png)"),
+        ("again", str, None, "FILE", "make the picture in this .png once more")), "training": (
+        ("train", str, None, "shapes|FOLDER", "the Shapes world, or captioned pictures"),
+        ("vae-steps", int, 4400, "N", "of stage 1"), ("unet-steps", int, 20000, "N", "of stage 2"),
+        ("vae-batch", int, 64, "N", "pictures a step in stage 1"),
+        ("unet-batch", int, 128, "N", "pictures a step in stage 2"),
+        ("save-minutes", float, 5.0, "X", "between checkpoints"))}
+    for group, rows in groups.items():
+        add = ap.add_argument_group(group).add_argument
+        for name, kind, default, metavar, what in rows:
+            add(f"--{name}", type=kind, default=default, metavar=metavar,
+                help=what if default in (None, "") else f"{what} (default: {default})")
     return ap.parse_args(argv)
 
 
@@ -2169,7 +2170,7 @@ def make_pictures(args: argparse.Namespace) -> None:
                 args.prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed, width=args.width,
                 height=args.height, image=image, strength=args.strength, mask=mask),
-                "denoising", unit="step"))
+                "denoising", steps_walked(args.steps, image, args.strength), unit="step"))
         picture = to_pil(paste(ldm.decode_latents(steps[-1].x), image, mask))[0]
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", parameters_text(args, ldm.config, picture))
