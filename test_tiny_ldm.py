@@ -1719,16 +1719,16 @@ def full_size_comparison(d: Path, config=SD1, steps: int = 50) -> dict[str, floa
     found = {"conversion: seconds": seconds, "conversion: GB written": size / 1e9,
              "conversion: GB of memory at the peak": peak / 1e9}
     assert peak <= size + 500e6
-    theirs = their_networks(*load_official(reference_models(config), load_file(source)))
-    wanted = outputs(theirs, torch.float32, steps)
-    pictures = [theirs.picture(wanted[f"DDIM, {steps} steps"])]
-    del theirs
-    ours = our_networks(LatentDiffusion.load(out, "cpu"))
-    for name, output in outputs(ours, torch.float32, steps).items():
-        found[name] = relative_error(output, wanted[name])
-    pictures.append(ours.picture(output))
-    del ours
-    difference = np.abs(np.diff([np.asarray(picture, dtype=int) for picture in pictures], axis=0))
+
+    def outputs_and_picture(n: Networks):
+        found = outputs(n, torch.float32, steps)
+        return found, np.asarray(n.picture(found[f"DDIM, {steps} steps"]), dtype=int)
+
+    wanted, their_picture = outputs_and_picture(
+        their_networks(*load_official(reference_models(config), load_file(source))))
+    got, our_picture = outputs_and_picture(our_networks(LatentDiffusion.load(out, "cpu")))
+    found.update({name: relative_error(t, wanted[name]) for name, t in got.items()})
+    difference = np.abs(our_picture - their_picture)
     found["picture: differing 8-bit values, %"] = 100 * (difference > 0).mean()
     found["picture: largest difference"] = difference.max()
     peak, seconds = measured("tiny_ldm", "an astronaut", "--weights", out, "--device", "cpu",
