@@ -1738,7 +1738,7 @@ def full_size_comparison(d: Path, config=SD1, steps: int = 50) -> dict[str, floa
 
 
 @pytest.mark.skipif(not (os.environ.get("TINY_LDM_FULL_SIZE") and CLIP.is_dir()),
-                    reason="needs 9 GB of disk, 12 GB of memory, 10 minutes and CLIP's vocabulary: "
+                    reason="needs 9 GB of disk, 16 GB of memory, 10 minutes and CLIP's vocabulary: "
                            "set TINY_LDM_FULL_SIZE=1 and TINY_LDM_CLIP_DIR")
 def test_full_size_stable_diffusion_equals_the_references(capsys):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
