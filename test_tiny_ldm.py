@@ -710,7 +710,8 @@ def test_pictures_of_any_size_are_fitted(tiny):
     turned.getexif()[0x0112] = 6                       # "rotate by 90 degrees to look at it"
     for image, sides, size in ((gradient(50, 30), {}, (48, 32)), (turned, {}, (32, 48)),
                                (gradient(5, 300), {}, (16, 304)),
-                               (gradient(50, 30).convert("L"), dict(width=64, height=16), (64, 16))):
+                               (gradient(50, 30).convert("L"), dict(width=64, height=16),
+                                (64, 16))):
         fitted, _ = tiny_ldm.fit_pictures(image, None, 16, *map(sides.get, ("width", "height")))
         assert fitted.shape == (1, 3, size[1], size[0])
         made = tiny.generate("a", image=image, steps=2, progress=False, **sides)[0]
@@ -757,7 +758,8 @@ def test_attention_maps_are_the_softmax_and_change_nothing(tiny):
     layers = [m.cross_attention for m in tiny.unet.modules()
               if isinstance(m, tiny_ldm.SpatialTransformer)]
     with tiny.attention() as maps, tiny.attention(detail=True) as every:
-        assert tiny.generate("a red circle", steps=3, progress=False)[0].tobytes() == plain.tobytes()
+        watched = tiny.generate("a red circle", steps=3, progress=False)[0]
+    assert watched.tobytes() == plain.tobytes()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.unet.modules())
     assert maps.count == len(every.calls) == 3 and len(maps.calls) == 1
     assert len(layers) == len(maps.calls[0]) == len(every.calls[0])
@@ -1019,7 +1021,8 @@ def bad_files(tmp_path_factory):
         save_file(changed, d / f"{name}.safetensors", metadata)
     save_file(tensors, d / "config.safetensors", {**metadata, "config": "{"})
     save_file(tensors, d / "words.safetensors", {**metadata, "tokenizer": "{}"})
-    for name, text in (("p", ""), ("odd", "a cat\nSteps: 2, Sampler: Euler a, Seed: 1, Size: 64x64"),
+    for name, text in (("p", ""),
+                       ("odd", "a cat\nSteps: 2, Sampler: Euler a, Seed: 1, Size: 64x64"),
                        ("damaged", "a cat\nSteps: x, Seed: 1, Size: 64x64")):
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", text)
