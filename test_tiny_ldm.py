@@ -167,21 +167,16 @@ def random_picture(seed: int) -> tuple[Scene, Image.Image]:
     return scene, draw(scene, place(scene, rng), SHAPES.image_size)
 
 
+KINDS = {"one thing": ["one"], "two things and their relation": ["two"],
+         "two or three of a kind": ["alike"], "held-out": ["one", "two", "alike"]}
+
+
 def captions_of_kind(kind: str, count: int, seed: int) -> list[str]:
-    """Captions to try a model on, of one of the KINDS."""
-    rng, captions = random.Random(f"{kind}/{seed}"), []
-    while len(captions) < count:
-        scene = random_scene(rng, held_out=kind == "held-out")
-        several = len(scene.things) > 1
-        is_kind = {"one thing": not several,
-                   "two things and their relation": scene.relation is not None,
-                   "two or three of a kind": several and not scene.relation, "held-out": True}
-        if is_kind[kind]:
-            captions.append(caption_of(scene))
-    return captions
-
-
-KINDS = ("one thing", "two things and their relation", "two or three of a kind", "held-out")
+    """Captions to try a model on; "held-out" are those with a (colour, shape) pair that no
+    training picture shows, of the other three kinds in turn."""
+    rng = random.Random(f"{kind}/{seed}")
+    return [caption_of(random_scene(rng, kind == "held-out", KINDS[kind][i % len(KINDS[kind])]))
+            for i in range(count)]
 
 
 def prompt_following(ldm: LatentDiffusion, kind: str, count: int, seed: int = 10**6,
