@@ -713,6 +713,34 @@ def test_pictures_of_any_size_are_fitted(tiny):
         assert made.size == size
 
 
+def test_pictures_of_any_kind_are_read(tmp_path):
+    clear = gradient(32, 32).convert("RGBA")
+    clear.putalpha(0)
+    deep = Image.fromarray((np.asarray(gradient(32, 32).convert("L")).astype(np.uint16) * 257))
+    white, grey = Image.new("RGB", (32, 32), "white"), gradient(32, 32).convert("L").convert("RGB")
+    for image, meant in ((clear, white), (deep, grey),
+                         (gradient(32, 32).convert("1"), gradient(32, 32).convert("1")),
+                         (gradient(32, 32).convert("P"), gradient(32, 32).convert("P"))):
+        image.save(tmp_path / "x.png")
+        assert tiny_ldm.open_image(tmp_path / "x.png").tobytes() == meant.convert("RGB").tobytes()
+
+
+def test_masks_of_any_kind_and_size_are_fitted(capsys):
+    image, mask = gradient(128, 64), Image.new("RGB", (64, 64))
+    mask.paste((0, 255, 0), (0, 0, 64, 16))                # the upper quarter, in green
+    for given in (image, tiny_ldm.to_tensor([image])):
+        _, repaint = tiny_ldm.fit_pictures(given, mask, 16, None, None)
+        assert repaint.shape == (1, 1, 64, 128) and repaint.dtype == torch.bool
+        assert repaint[..., :15, :].all() and not repaint[..., 17:, :].any()
+        assert "the mask is 64x64 and the image 128x64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("latents", [(1, 4, 5, 8), (2, 4, 4, 4), (1, 3, 4, 4), (4, 4, 4)])
+def test_latents_are_checked_at_the_door(tiny, latents):
+    with pytest.raises(InputError, match="latents must be|is not a multiple of"):
+        tiny.denoise("a", latents=torch.zeros(latents))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m", "plms"])
 def test_outside_the_mask_every_pixel_stays(tiny, sampler):
     image, mask = gradient(48, 32), Image.new("L", (48, 32))
@@ -1041,19 +1069,28 @@ BAD = [
     (["a", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
     (["a", "--width", "100"], "width 100 is not a multiple of 16; the nearest: 96 or 112"),
     (["a", "--height", "-3"], "height -3 is not a multiple of 16; the nearest: 16"),
-    (["a", "-n", "0"], "-n must be at least 1, not 0"),
+    (["a", "-n", "0"], "-n must be from 1 to 65536, not 0"),
+    (["a", "-n", "2", "--seed", str(2**63 - 1)], "the seeds must be below 2**63"),
+    (["a", "-o", "x.png", "--film", "x.png"], "x.png is a folder, or the name of another picture"),
+    (["a", "-n", "2", "-o", "x.png", "--film", "x-1.png"], "x-1.png is a folder, or the name of"),
+    (["a", "--image", "p.png", "-o", "p.png"], "p.png is a folder, or the name of another"),
+    (["a", "--weights", ""], "no weights file at ."),
+    (["a", "--image", ""], "can't be read as a picture"),
+    (["a", "--image", "p.png", "--mask", "text.safetensors"], "can't be read as a picture"),
+    (["a", "--image", "p.png", "--strength", "0", "--attention", "x.png"], "never looks"),
+    (["a\udcff"], "the prompt is not UTF-8 text: 'a\\udcff'"),
     (["a", "--seed", "-1"], "seed must be from 0 to"),
     (["a", "--eta", "2"], "eta must be from 0 to 1, not 2.0"),
     (["a", "--guidance-scale", "nan"], "guidance_scale must be from -1000 to 1000, not nan"),
     (["a", "--strength", "1.5"], "strength must be from 0 to 1, not 1.5"),
-    (["a", "--image", "none.png"], "no picture at none.png"),
+    (["a", "--image", "none.png"], "none.png can't be read as a picture ([Errno 2] No such file"),
     (["a", "--image", "text.safetensors"], "text.safetensors can't be read as a picture"),
-    (["a", "--image", "p.png", "--mask", "none.png"], "no picture at none.png"),
+    (["a", "--image", "p.png", "--mask", "none.png"], "none.png can't be read as a picture ([Errno 2] No such file"),
     (["a", "--image", "p.png", "--width", "0"], "width 0 is not a multiple of 16"),
     (["a", "--mask", "p.png"], "a mask needs an image that it belongs to"),
     (["a", "--attention", "x.gif"], "the attention map is written as .png; 'x.gif' does not"),
     (["a", "--attention", "nowhere/x.png"], "the folder nowhere does not exist"),
-    (["--again", "none.png"], "no picture at none.png"),
+    (["--again", "none.png"], "none.png can't be read as a picture ([Errno 2] No such file"),
     (["--again", "p.png"], "p.png has no settings in it"),
     (["--again", "odd.png"], "unknown sampler 'Euler a'"),
     (["--again", "damaged.png"], "argument --steps: invalid int value: 'x'"),
@@ -1063,8 +1100,8 @@ BAD = [
     (["a", "--film", "x.mp4"], "the film is written as .png or .gif; 'x.mp4' does not end so"),
     (["a", "--weights", "none.safetensors"], "no weights file at none.safetensors"),
     (["a", "--weights", "empty"], "no weights file at empty"),
-    (["a", "--weights", "cut.safetensors"], "cut.safetensors is no whole .safetensors file"),
-    (["a", "--weights", "text.safetensors"], "text.safetensors is no whole .safetensors file"),
+    (["a", "--weights", "cut.safetensors"], "cut.safetensors is damaged or no .safetensors file"),
+    (["a", "--weights", "text.safetensors"], "text.safetensors is damaged or no .safetensors file"),
     (["a", "--weights", "other.safetensors"], "other.safetensors is no tiny_ldm weights file"),
     (["a", "--weights", "official.safetensors"],
      "convert it first: python weights_convert.py official.safetensors"),
@@ -1075,8 +1112,8 @@ BAD = [
      "has the wrong shape for 1 of 384 tensors: unet.conv_out.bias"),
     (["a", "--weights", "ints.safetensors"],
      "has no floating-point numbers in 1 of 384 tensors: unet.conv_out.bias"),
-    (["a", "--weights", "config.safetensors"], "config.safetensors has a damaged header"),
-    (["a", "--weights", "words.safetensors"], "words.safetensors has a damaged header"),
+    (["a", "--weights", "config.safetensors"], "config.safetensors is damaged or no .safetensors"),
+    (["a", "--weights", "words.safetensors"], "words.safetensors is damaged or no .safetensors"),
     (["--train", "shapes"], "--train needs -o FILE"),
     (["--train", "shapes", "-o", "nowhere/x.safetensors"], "the folder nowhere does not exist"),
     (["--train", "nowhere", "-o", "x.safetensors"], "no folder nowhere to train on"),
@@ -1291,10 +1328,10 @@ def bad_checkpoint(name: str, official: Path, d: Path) -> Path:
 
 @pytest.mark.parametrize("name, message", [
     ("pointer.ckpt", "is a git-LFS pointer"), ("page.ckpt", "is an HTML page"),
-    ("empty.safetensors", "is empty"), ("cut.safetensors", "is no whole .safetensors file"),
+    ("empty.safetensors", "is empty"), ("cut.safetensors", "is damaged or no .safetensors file"),
     ("cut.ckpt", "is neither a .safetensors nor a whole .ckpt"),
     ("legacy.ckpt", "is neither a .safetensors nor a whole .ckpt (a zip, as torch writes it since"),
-    ("corrupt.ckpt", "is damaged"), ("corrupt.safetensors", "is no whole .safetensors file"),
+    ("corrupt.ckpt", "is damaged"), ("corrupt.safetensors", "is damaged or no .safetensors file"),
     ("missing.safetensors", "lacks model.diffusion_model.out.2.bias"),
     ("more.safetensors", "holds 1 tensors that Stable Diffusion 1.x has not: "
                          "model.diffusion_model.label_emb.weight"),
@@ -1335,7 +1372,7 @@ def test_folders_of_other_models_are_named(part, name, width, message, official,
     (["plain.ckpt", "--tokenizer", "other.json"], "and plain.ckpt has"),
     (["plain.ckpt", "--tokenizer", "tokenizer.json", "-o", "nowhere/x"], "the folder nowhere does"),
     (["--to", "official", "plain.safetensors"], "plain.safetensors is an official checkpoint"),
-    (["--to", "official", "plain.ckpt"], "plain.ckpt is no whole .safetensors file"),
+    (["--to", "official", "plain.ckpt"], "plain.ckpt is damaged or no .safetensors file"),
     (["--to", "official", str(tiny_ldm.BUILT_IN)], "is not built like Stable Diffusion 1.x")])
 def test_bad_arguments_are_one_line_and_exit_code_2(args, message, official, monkeypatch, capsys):
     monkeypatch.chdir(official)

@@ -3,18 +3,18 @@
 A picture is hard to make at once and easy to make by steps: train a network to remove a little
 noise from noisy pictures, start from nothing but noise, and remove it fifty times. Latent diffusion
 (Rombach et al. 2022, arXiv:2112.10752) does this not on pixels but on a small code of the picture,
-its latents, which makes it 48 times cheaper. Four parts:
+its latents, which is 48 times smaller. Five parts:
 
-    "a red circle ..."                              random noise x_T  [B, 4, 64, 64]
+    "a red circle ..."                              random noise       [B, 4, 64, 64]
            | tokenizer                                     |
     ids    [B, 77]                                         v
-           | text encoder (CLIP)              +------> U-Net(x_t, t, context) --> noise estimate eps
-           v                                  |            |                      [B, 4, 64, 64]
+           | text encoder (CLIP)              +------> U-Net(xₜ, t, context) -> guess of the noise
+           v                                  |            |                    ε  [B, 4, 64, 64]
     context [B, 77, 768] ---------------------+            v
-                                              |     sampler: one step, x_t -> x_{t-1}
+                                              |     sampler: one step, to less noise
                                               +------------|   (S times)
                                                            v
-                                                    latents x_0  [B, 4, 64, 64]
+                                                    latents x₀         [B, 4, 64, 64]
                                                            | VAE decoder
                                                            v
                                                     picture      [B, 3, 512, 512]
@@ -103,7 +103,7 @@ class UNetConfig:
     channels: int = 320
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    # Which levels have it: not the coarsest one
+    # Which levels have attention: not the coarsest one
     attention: tuple[bool, ...] = (True, True, True, False)
     # SD 1.x fixes the number of heads (their size grows: 40, 80, 160) ...
     num_heads: int = 8
@@ -417,25 +417,29 @@ class MiddleAttention(nn.Module):
         return x + self.attention(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+def middle(channels: int, groups: int) -> nn.Sequential:
+    """The lowest resolution of encoder and decoder."""
+    return nn.Sequential(ResBlock(channels, channels, groups, 1e-6),
+                         MiddleAttention(channels, groups),
+                         ResBlock(channels, channels, groups, 1e-6))
+
+
 class Encoder(nn.Module):
     """image [B, 3, H, W] -> [B, 2·4, H/8, W/8]: mean and log-variance, one above the other."""
 
     def __init__(self, c: VAEConfig):
         super().__init__()
-        res = lambda i, o: ResBlock(i, o, c.norm_groups, 1e-6)
+        widths = [c.channels * mult for mult in c.channel_mult]
         self.conv_in = nn.Conv2d(3, c.channels, 3, padding=1)
-        self.down, channels = nn.ModuleList(), c.channels
-        for level, mult in enumerate(c.channel_mult):
-            blocks = []
-            for _ in range(c.num_res_blocks):
-                blocks.append(res(channels, c.channels * mult))
-                channels = c.channels * mult
-            last = level == len(c.channel_mult) - 1
-            self.down.append(Level(blocks, None if last else Downsample(channels, symmetric=False)))
-        self.mid = nn.Sequential(res(channels, channels), MiddleAttention(channels, c.norm_groups),
-                                 res(channels, channels))
-        self.norm_out = GroupNorm(c.norm_groups, channels, 1e-6)
-        self.conv_out = nn.Conv2d(channels, 2 * c.latent_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, (i, o) in enumerate(zip([c.channels, *widths], widths)):
+            blocks = [ResBlock(i if n == 0 else o, o, c.norm_groups, 1e-6)
+                      for n in range(c.num_res_blocks)]
+            last = level == len(widths) - 1
+            self.down.append(Level(blocks, None if last else Downsample(o, symmetric=False)))
+        self.mid = middle(o, c.norm_groups)
+        self.norm_out = GroupNorm(c.norm_groups, o, 1e-6)
+        self.conv_out = nn.Conv2d(o, 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -450,20 +454,16 @@ class Decoder(nn.Module):
 
     def __init__(self, c: VAEConfig):
         super().__init__()
-        res = lambda i, o: ResBlock(i, o, c.norm_groups, 1e-6)
-        channels = c.channels * c.channel_mult[-1]
-        self.conv_in = nn.Conv2d(c.latent_channels, channels, 3, padding=1)
-        self.mid = nn.Sequential(res(channels, channels), MiddleAttention(channels, c.norm_groups),
-                                 res(channels, channels))
+        widths = [c.channels * mult for mult in reversed(c.channel_mult)]
+        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], c.norm_groups)
         self.up = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(c.channel_mult))):
-            blocks = []
-            for _ in range(c.num_res_blocks + 1):
-                blocks.append(res(channels, c.channels * mult))
-                channels = c.channels * mult
-            self.up.append(Level(blocks, Upsample(channels) if level > 0 else None))
-        self.norm_out = GroupNorm(c.norm_groups, channels, 1e-6)
-        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+        for level, (i, o) in enumerate(zip([widths[0], *widths], widths)):
+            blocks = [ResBlock(i if n == 0 else o, o, c.norm_groups, 1e-6)
+                      for n in range(c.num_res_blocks + 1)]
+            self.up.append(Level(blocks, Upsample(o) if level < len(widths) - 1 else None))
+        self.norm_out = GroupNorm(c.norm_groups, o, 1e-6)
+        self.conv_out = nn.Conv2d(o, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -558,6 +558,14 @@ class Tokenizer:
             ids = [self.bos, *ids[:room], self.eos]
             rows.append(ids + [self.eos] * (self.max_length - len(ids)))
         return torch.tensor(rows, dtype=torch.long)
+
+    def count_cut(self, captions: list[str]) -> None:
+        """Says on stderr how many captions are too long."""
+        cut = sum(len(e.ids) > self.max_length - 2 for e in
+                  self.backend.encode_batch(captions, add_special_tokens=False))
+        if cut:
+            print(f"tiny_ldm: {cut} of {len(captions)} captions are longer than "
+                  f"{self.max_length - 2} tokens and are cut", file=sys.stderr)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that the vocabulary does not hold whole: for a small model, those
@@ -803,7 +811,8 @@ class UNet(nn.Module):
 #     eta          how much fresh noise a step adds, where the sampler leaves that open
 #
 # Each yields a `Step` for each leg, and goes on from `step.x`: whoever iterates may look at it, or
-# change it. In all formulas here ᾱ is the leg's noise level and ᾱ′ the next one.
+# change it. In all formulas here ᾱ and ᾱ′ (in the code: a, b) stand for the noise levels that a leg
+# leads from and to; ᾱ grows as the noise falls.
 #
 # Half of the papers count noise otherwise: they never shrink the picture, x̃ = x / √ᾱ = x₀ + σ ε,
 # with σ = √((1−ᾱ)/ᾱ) from 14.6 to 0.03. It is the same noise seen through another scale.
@@ -841,7 +850,7 @@ def leading(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
     As diffusers has it ("leading", offset 1), and the original code wherever S divides 1000
     (elsewhere that gives more or fewer steps than asked, or runs off the table). S = 1000 would
     reach past the end, to t = 1000: there the first step stays at 999. Careful, the last step goes
-    to ᾱ₀ = 0.99915, not to 1 (CompVis ddim.py, "set_alpha_to_one" off).
+    to ᾱ₀ = 0.99915, not to 1 (CompVis util.py:66; in diffusers set_alpha_to_one=False).
     """
     a, last = alphas_cumprod.numpy(), len(alphas_cumprod) - 1
     ts = np.minimum(np.arange(steps)[::-1] * ((last + 1) // steps) + 1, last)
@@ -856,7 +865,8 @@ def linspace(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
 
 
 def linspace_short(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
-    """The same on whole numbers and without t = 0: DPM-Solver's plan (diffusers "linspace")."""
+    """The same on whole numbers and without t = 0, but for S = 1000, which needs all: DPM-Solver's
+    plan (diffusers "linspace")."""
     sigmas = sigma_of(alphas_cumprod.numpy())
     ts = np.linspace(0, len(sigmas) - 1, min(steps + 1, len(sigmas))).round().astype(int)
     ts = ts[::-1][:steps]
@@ -947,7 +957,8 @@ def plms(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> It
 
 def euler(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
     """Euler's method for the probability-flow equation dx̃/dσ = ε (Karras et al. 2022, algorithm 1
-    without its noise). The step is DDIM's, in other words and between other noise levels."""
+    without its second-order correction). The step is DDIM's, in other words and between other noise
+    levels."""
     for i, t, a, b in legs:
         eps = predict_eps(x, t, a)
         next_scaled = x / a**0.5 + (sigma_of(b) - sigma_of(a)) * eps        # x̃′ = x̃ + (σ′ − σ) ε
@@ -983,7 +994,7 @@ def dpmpp_2m(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -
         x0, h = x0_from_eps(x, eps, a), log_snr(b) - log_snr(a)
         if last_x0 is None or b == 1:
             guess = x0
-        else:                                    # D = x₀ + (x₀ − previous x₀) · h / (2 · previous h)
+        else:                        # D = x₀ + (x₀ − previous x₀) · h / (2 · previous h)
             guess = x0 + (x0 - last_x0) * (h / (2 * last_h))
         # x′ = √(1−ᾱ′)/√(1−ᾱ) x − √ᾱ′ (e⁻ʰ − 1) D
         next_x = ((1 - b) / (1 - a)) ** 0.5 * x - b**0.5 * math.expm1(-h) * guess
@@ -1030,7 +1041,7 @@ SAMPLERS = {
 
 # %% 8. LatentDiffusion
 # --------------------------------------------------------------------------------------------------
-# The four parts together, and the two things one does with them: `denoise`, which yields every step
+# The five parts together, and the two things one does with them: `denoise`, which yields every step
 # of the walk, and `generate`, which returns pictures. Guidance, which makes the picture follow the
 # prompt, lives here too: the network is asked twice, with the prompt and without, and the
 # difference between the answers, which is what the prompt says, is enlarged.
@@ -1071,7 +1082,8 @@ class LatentDiffusion(nn.Module):
         device: "auto" takes CUDA, then Apple's MPS, then the CPU. dtype: float32 if None, whatever
         the file holds. Raises InputError if the file is missing, damaged, or of another format.
         """
-        path, device, dtype = Path(path or BUILT_IN), pick_device(device), dtype or torch.float32
+        path = Path(BUILT_IN if path is None else path)
+        device, dtype = pick_device(device), dtype or torch.float32
         keep_freed_memory()
         config, tokenizer, tensors = read_weights(path, device)
         with torch.device("meta"):      # builds the networks without memory and random numbers
@@ -1159,16 +1171,17 @@ class LatentDiffusion(nn.Module):
         multiple of the model's stride.
         """
         c = self.config
+        if latents is not None:
+            height, width = (side * c.latent_stride for side in latents.shape[-2:])
         image, mask = fit_pictures(image, mask, c.stride, width, height)
-        height, width = image.shape[2:] if image is not None else (height, width)
         check_settings(c, sampler, steps, seed, batch_size, guidance_scale, eta, strength)
         context, scale = self._contexts(prompt, negative_prompt, batch_size, guidance_scale)
         n = len(context) // (1 if scale is None else 2)
-        size = [(side or c.image_size) // c.latent_stride for side in (height, width)]
-        if latents is not None and latents.shape[:2] != (n, c.vae.latent_channels):
-            raise InputError(f"latents must be [{n}, {c.vae.latent_channels}, h, w], not "
-                             f"{list(latents.shape)}")
-        shape = (1, c.vae.latent_channels, *(size if latents is None else latents.shape[2:]))
+        sides = (height, width) if image is None else image.shape[2:]
+        shape = (1, c.vae.latent_channels,
+                 *((side or c.image_size) // c.latent_stride for side in sides))
+        if latents is not None and latents.shape != (n, *shape[1:]):
+            raise InputError(f"latents must be {[n, *shape[1:]]}, not {list(latents.shape)}")
         generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
         noise = lambda: torch.cat([torch.randn(shape, generator=g) for g in generators]).to(
             self.device)
@@ -1236,7 +1249,8 @@ class LatentDiffusion(nn.Module):
         """The network's ε for x [B, 4, h, w] at timestep t, with classifier-free guidance.
 
         With a scale s, context holds the negative prompts and then the prompts, and the guess goes
-        from the one through the other: ε = ε₀ + s (ε₁ − ε₀) (Ho & Salimans 2022, arXiv:2207.12598).
+        from the one through the other: ε = ε₀ + s (ε₁ − ε₀) (Ho & Salimans 2022, arXiv:2207.12598;
+        their w is s − 1).
         """
         inputs = x if extra is None else torch.cat([x, extra.expand(len(x), -1, -1, -1)], dim=1)
         inputs = (inputs if scale is None else torch.cat([inputs, inputs])).to(self.dtype)
@@ -1331,25 +1345,21 @@ def read_weights(path: Path, device: torch.device) -> tuple[Config, Tokenizer, d
                          "built-in model")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            if any(n.startswith(("model.diffusion_model.", "cond_stage_model.")) for n in names):
-                raise InputError(f"{path} is an official checkpoint; convert it first: "
-                                 f"python weights_convert.py {path}")
-            if metadata.get("format") != "tiny_ldm":
-                raise InputError(f"{path} is no tiny_ldm weights file (its format: "
-                                 f"{metadata.get('format')!r}); make one with --train, or from "
-                                 "Stable Diffusion with weights_convert.py")
-            tensors = {name: file.get_tensor(name) for name in names}
-        return *parse_header(metadata), tensors
-    except SafetensorError as e:
-        hint = "; a .ckpt is converted by weights_convert.py" if path.suffix == ".ckpt" else ""
-        raise InputError(f"{path} is no whole .safetensors file ({shortened(str(e))}); get it "
-                         f"again{hint}") from None
-    except InputError:
-        raise
-    except Exception as e:     # the header comes from outside: whatever is wrong, the file is
-        raise InputError(f"{path} has a damaged header ({type(e).__name__}: {shortened(str(e))}); "
-                         "get the file again") from None
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        parts = parse_header(header) if header.get("format") == "tiny_ldm" else None
+    except Exception as e:     # the file comes from outside: whatever is wrong, it is damaged
+        raise InputError(f"{path} is damaged or no .safetensors file ({type(e).__name__}: "
+                         f"{shortened(str(e))}); get it again, or convert a .ckpt with "
+                         "weights_convert.py") from None
+    if any(n.startswith(("model.diffusion_model.", "cond_stage_model.")) for n in tensors):
+        raise InputError(f"{path} is an official checkpoint; convert it first: "
+                         f"python weights_convert.py {path}")
+    if parts is None:
+        raise InputError(f"{path} is no tiny_ldm weights file (its format: "
+                         f"{header.get('format')!r}); make one with --train, or from Stable "
+                         "Diffusion with weights_convert.py")
+    return *parts, tensors
 
 
 def parse_header(header: dict[str, str]) -> tuple[Config, Tokenizer]:
@@ -1377,9 +1387,9 @@ def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width
     """An image and its mask (white: repaint) as tensors [B, 3, H, W] in [−1, 1] and bool
     [1, 1, H, W].
 
-    Pictures are turned as their EXIF orientation says, resized and cropped to width and height, or
-    else to the multiples of `stride` nearest to their size. Tensors are left as they are. Raises
-    InputError for sizes that are not multiples of `stride`, and for a mask alone.
+    Pictures are resized and cropped to width and height, or else to the multiples of `stride`
+    nearest to their size. Tensors are left as they are. Raises InputError for sizes that are not
+    multiples of `stride`, and for a mask alone.
     """
     if isinstance(image, Tensor):
         if image.ndim != 4 or image.shape[1] != 3:
@@ -1390,21 +1400,35 @@ def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width
             below = max(stride, n // stride * stride)
             near = f"{below} or {below + stride}" if n > below else f"{below}"
             raise InputError(f"{name} {n} is not a multiple of {stride}; the nearest: {near}")
-    if image is None:
-        if mask is not None:
-            raise InputError("a mask needs an image that it belongs to")
-        return None, None
+    if image is None and mask is not None:
+        raise InputError("a mask needs an image that it belongs to")
+    own = width, height                   # the size that a mask is made for
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        size = [given or max(1, round(own / stride)) * stride
-                for given, own in zip((width, height), image.size)]
-        if isinstance(mask, Image.Image):
-            if ImageOps.exif_transpose(mask).size != image.size:
-                print(f"tiny_ldm: the mask is {mask.width}x{mask.height} and the image "
-                      f"{image.width}x{image.height}; resizing the mask", file=sys.stderr)
-            mask = to_tensor([ImageOps.fit(ImageOps.exif_transpose(mask).convert("RGB"), size)])[:, :1] > 0
-        image = to_tensor([ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)])
+        image = to_rgb(image)
+        own = image.size
+        width, height = (given or max(1, round(side / stride)) * stride
+                         for given, side in zip((width, height), own))
+        image = to_tensor([ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)])
+    if isinstance(mask, Image.Image):
+        mask = to_rgb(mask).convert("L")
+        if mask.size != own:
+            print(f"tiny_ldm: the mask is {mask.width}x{mask.height} and the image "
+                  f"{own[0]}x{own[1]}; resizing the mask", file=sys.stderr)
+            mask = mask.resize(own)
+        mask = to_tensor([ImageOps.fit(mask, (width, height))])[:, :1] > 0
     return image, mask
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any kind as RGB: turned as its EXIF orientation says, 16 bits brought to 8, and
+    white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):        # 16 bits: Pillow would make all above 255 white
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def steps_walked(steps: int, image: Picture | None, strength: float) -> int:
@@ -1420,12 +1444,10 @@ def paste(pictures: Tensor, image: Tensor | None, mask: Tensor | None) -> Tensor
 
 def pick_device(name: str) -> torch.device:
     """"auto", "cpu", "cuda" or "mps" -> a device that is there. Raises InputError."""
-    there = [d for d, is_there in (("cuda", torch.cuda.is_available()),
-                                   ("mps", torch.backends.mps.is_available()), ("cpu", True))
-             if is_there]
-    if name == "auto":
-        return torch.device(there[0])
-    if str(name).split(":")[0] not in there:
+    there = (["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+             + ["cpu"])
+    name = there[0] if name == "auto" else str(name)
+    if name.split(":")[0] not in there:
         raise InputError(f"there is no device {name!r} here; there is: {', '.join(there)}")
     return torch.device(name)
 
@@ -1436,12 +1458,10 @@ def keep_freed_memory() -> None:
     By default it gives them back to the kernel, and each layer's output then costs thousands of
     page faults. No other C library needs this; where the call is missing, nothing happens.
     """
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(-4, 0)             # M_MMAP_MAX: no buffer gets a mapping of its own
-    mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap's top is kept, too
+        mallopt(-4, 0)             # M_MMAP_MAX: no buffer gets a mapping of its own
+        mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap's top is kept, too
 
 
 def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
@@ -1596,29 +1616,26 @@ def place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
         return spots
 
 
-def outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a unit shape (y down, radius about 1), unrotated."""
-    def turn(n: int, i: int, r: float = 1.0) -> tuple[float, float]:       # clockwise from the top
-        return r * math.sin(2 * math.pi * i / n), -r * math.cos(2 * math.pi * i / n)
+def turned(n: int, *radii: float) -> list[tuple[float, float]]:
+    """n corners, clockwise from the top, at these radii by turns."""
+    return [(r * math.sin(2 * math.pi * i / n), -r * math.cos(2 * math.pi * i / n))
+            for i in range(n) for r in (radii[i % len(radii)],)]
 
-    if shape in ("circle", "ring"):
-        return [turn(64, i) for i in range(64)]
-    if shape == "square":
-        return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
-    if shape == "triangle":
-        return [turn(3, i) for i in range(3)]
-    if shape == "star":
-        return [turn(10, i, 1.0 if i % 2 == 0 else 0.41) for i in range(10)]
-    if shape == "heart":    # x = 16 sin³ t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, over 16
-        ts = [2 * math.pi * i / 64 for i in range(64)]
-        y = lambda t: sum(k * math.cos(n * t) for n, k in ((1, 13), (2, -5), (3, -2), (4, -1))) / 16
-        return [(math.sin(t) ** 3, -y(t) - 0.1) for t in ts]
-    if shape == "diamond":
-        return [(0, -1.1), (0.78, 0), (0, 1.1), (-0.78, 0)]
-    a = 0.34                # cross: the corners of one arm, turned four times
-    arm = [(-a, -a), (-a, -1), (a, -1)]
-    return [p for s, c in ((0, 1), (1, 0), (0, -1), (-1, 0))
-            for p in [(c * x - s * y, s * x + c * y) for x, y in arm]]
+
+def heart() -> list[tuple[float, float]]:
+    """x = 16 sin³ t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, over 16, tip down."""
+    ts = [2 * math.pi * i / 64 for i in range(64)]
+    y = lambda t: sum(k * math.cos(n * t) for n, k in ((1, 13), (2, -5), (3, -2), (4, -1))) / 16
+    return [(math.sin(t) ** 3, -y(t) - 0.1) for t in ts]
+
+
+# The corners of unit shapes (y down, radius about 1), unrotated. Cross: one arm, turned four times.
+OUTLINES = {
+    "circle": turned(64, 1.0), "triangle": turned(3, 1.0), "star": turned(10, 1.0, 0.41),
+    "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)], "heart": heart(),
+    "diamond": [(0, -1.1), (0.78, 0), (0, 1.1), (-0.78, 0)], "ring": turned(64, 1.0),
+    "cross": [(c * x - s * y, s * x + c * y) for s, c in ((0, 1), (1, 0), (0, -1), (-1, 0))
+              for x, y in ((-0.34, -0.34), (-0.34, -1), (0.34, -1))]}
 
 
 def draw(scene: Scene, spots: list[tuple[float, float, float]], size: int,
@@ -1628,7 +1645,7 @@ def draw(scene: Scene, spots: list[tuple[float, float, float]], size: int,
     image = Image.new("RGB", (size * oversample,) * 2, background)
     pen, k = ImageDraw.Draw(image), size * oversample / 128
     for thing, (x, y, r) in zip(scene.things, spots):
-        corners = outline(thing.shape)
+        corners = OUTLINES[thing.shape]
         layers = [(r, COLOURS[thing.colour])]
         if thing.shape == "ring":
             layers.append((0.55 * r, background))
@@ -1666,6 +1683,9 @@ class ShapesData:
 # not been. With `torchrun --nproc-per-node N`, N processes make a part of every batch each, and
 # exchange nothing but gradients (and Muon's updates).
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
 class FolderData:
     """A folder of pictures with captions: name.png|jpg|jpeg|webp beside name.txt, or a
     metadata.jsonl whose lines have `file_name` and `text`. Number i is one of them at random."""
@@ -1674,19 +1694,22 @@ class FolderData:
         self.size, self.seed = size, seed
         if not folder.is_dir():
             raise InputError(f"no folder {folder} to train on; give one, or the word: shapes")
-        self.items: list[tuple[Path, str]] = []
-        table = folder / "metadata.jsonl"
-        for number, line in enumerate(read_text(table).splitlines() if table.exists() else [], 1):
+        table, self.items = folder / "metadata.jsonl", []
+        if not table.exists():
+            pairs = [(p, p.with_suffix(".txt")) for p in sorted(folder.iterdir())
+                     if p.suffix.lower() in PICTURES]
+            self.items = [(p, read_text(t).strip()) for p, t in pairs if t.exists()]
+        for number, line in enumerate(read_text(table).split("\n") if table.exists() else [], 1):
             try:
-                entry = json.loads(line)
-                self.items.append((folder / entry["file_name"], str(entry["text"])))
+                entry = json.loads(line) if line.strip() else None
+                self.items += [(folder / entry["file_name"], str(entry["text"]))] if entry else []
             except (ValueError, KeyError, TypeError):
                 raise InputError(f'{table}, line {number}: needs {{"file_name": ..., "text": ...}},'
                                  f" has {shortened(line)}") from None
-        for path in sorted(folder.iterdir()) if not table.exists() else []:
-            caption = path.with_suffix(".txt")
-            if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and caption.exists():
-                self.items.append((path, read_text(caption).strip()))
+        pictures = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES]
+        if len(self.items) < len(pictures):
+            print(f"tiny_ldm: {len(pictures) - len(self.items)} of {len(pictures)} pictures in "
+                  f"{folder} have no caption and are left out", file=sys.stderr)
         if not self.items:
             raise InputError(f"no captioned pictures in {folder}: it needs name.png with name.txt, "
                              "or a metadata.jsonl")
@@ -1707,7 +1730,7 @@ class FolderData:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")     # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path} can't be read as UTF-8 text ({shortened(str(e))})") from None
 
@@ -1716,9 +1739,7 @@ def open_image(path: str | Path) -> Image.Image:
     """A picture file as RGB, turned as its EXIF orientation says. Raises InputError."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"no picture at {path}; check the path") from None
+            return to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise InputError(f"{path} can't be read as a picture ({shortened(str(e))}); replace or "
                          "remove it") from None
@@ -1728,10 +1749,11 @@ class Optimizer(torch.optim.Optimizer):
     """Adam for vectors and for what touches data directly; Muon for the matrices inside.
 
     Adam (Kingma & Ba 2014, arXiv:1412.6980) scales each number by itself: m / √v, the running mean
-    of the gradient over that of its square. Muon (Jordan et al. 2024) takes a weight matrix as a
-    whole: of the gradient's U Σ Vᵀ it keeps the directions and sets all singular values to about 1,
-    so that rare directions are learned as fast as common ones. A convolution counts as a matrix
-    [out, in·9]. It costs a third of a small step, so each process does its share of the matrices.
+    of the gradient over the root of that of its square. Muon (Jordan et al. 2024) takes a weight
+    matrix as a whole: of the gradient's U Σ Vᵀ it keeps the directions and sets all singular values
+    to about 1, so that rare directions are learned as fast as common ones. A convolution counts as
+    a matrix [out, in·9]. It costs a third of a small step, so each process does its share of the
+    matrices.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], lr: float = 1e-3, muon_lr: float = 0.02):
@@ -1974,8 +1996,8 @@ def read_checkpoint(path: Path, run: list[str]) -> dict | None:
         raise InputError(f"the checkpoint {path} is damaged ({type(e).__name__}: "
                          f"{shortened(str(e))}); remove it to start anew") from None
     if other:
-        raise InputError(f"{path} is of another run (--train and --weights were {found['run']}, "
-                         f"not {run}); remove it, or choose another -o")
+        raise InputError(f"{path} is of another run (its --train, --weights and --seed were "
+                         f"{found['run']}, not {run}); remove it, or choose another -o")
     return found
 
 
@@ -1988,7 +2010,7 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     With `weights`, goes on from that model and leaves its VAE as it is. An interrupted run goes on
     where out + ".checkpoint" stands. Raises InputError.
     """
-    out, device, run = Path(out), pick_device(device), [source, str(weights or "")]
+    out, device, run = Path(out), pick_device(device), [source, str(weights or ""), str(seed)]
     for name, value, low in (("seed", seed, 0), ("vae_steps", vae_steps, 1),
                              ("unet_steps", unet_steps, 1),
                              ("vae_batch", vae_batch, 1), ("unet_batch", unet_batch, 1)):
@@ -2021,6 +2043,8 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
         tokenizer = Tokenizer.train(data.captions(), config.text.vocab_size, config.text.max_length)
         text = replace(config.text, vocab_size=tokenizer.backend.get_vocab_size())
         config = replace(config, name=source, text=text)
+    if source != "shapes":
+        (start.tokenizer if start else tokenizer).count_cut(data.captions())
     ldm = start or LatentDiffusion(config, tokenizer).to(device)
     ldm.to(memory_format=torch.channels_last).requires_grad_(True)
     ldm.config = config
@@ -2095,7 +2119,7 @@ def parameters_text(args: argparse.Namespace, config: Config, image: Image.Image
     """The settings in the form that viewers of this field read from a PNG's text chunk
     `parameters`: the prompt, "Negative prompt: ...", and a line of "Name: value" pairs."""
     def quoted(value) -> str:
-        return json.dumps(value) if re.search('[,:"]', str(value)) else str(value)
+        return json.dumps(value) if re.search('[,:"\n]', str(value)) else str(value)
 
     one_line = lambda text: " ".join(text.split())      # the tokenizer sees no difference
     pairs = {name: getattr(args, key) for name, key in SETTINGS.items()}
@@ -2107,8 +2131,8 @@ def parameters_text(args: argparse.Namespace, config: Config, image: Image.Image
     return "\n".join([one_line(args.prompt), *lines, line])
 
 
-def settings_of(file: str) -> list[str]:
-    """The inverse: the arguments that make the picture in a .png again. Raises InputError."""
+def settings_of(file: str) -> tuple[list[str], str]:
+    """The inverse: the arguments and the prompt of the picture in a .png. Raises InputError."""
     open_image(file)
     with Image.open(file) as image:
         text = getattr(image, "text", {}).get("parameters", "")
@@ -2127,7 +2151,7 @@ def settings_of(file: str) -> list[str]:
             except ValueError:
                 raise InputError(f"{file} has damaged settings: {shortened(line)}") from None
             argv.append(f"--{key.replace('_', '-')}={value}")
-    return [*argv, "--", prompt]
+    return argv, prompt
 
 
 def picture_path(args: argparse.Namespace, seed: int) -> Path:
@@ -2144,21 +2168,32 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
     if not (args.prompt or "").strip():
         raise InputError("the prompt is empty; say what the picture shall show, like "
                          '"a red circle left of a blue square"')
-    try:
-        (args.prompt + args.negative_prompt).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"the prompt is not UTF-8 text: {args.prompt!a}") from None
-    if args.count < 1:
-        raise InputError(f"-n must be at least 1, not {args.count}")
+    for text in (args.prompt, args.negative_prompt):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):       # what is left of bad bytes
+            raise InputError(f"the prompt is not UTF-8 text: {shortened(ascii(text))}")
+    if not 1 <= args.count <= 2**16:
+        raise InputError(f"-n must be from 1 to {2**16}, not {args.count}")
+    if args.seed + args.count > 2**63:
+        raise InputError(f"the seeds must be below 2**63, and the last would be {args.seed} + "
+                         f"{args.count - 1}")
+    if args.attention and not steps_walked(args.steps, args.image, args.strength):
+        raise InputError(f"at strength {args.strength} the model never looks at the picture: "
+                         "--attention needs more")
     paths = [picture_path(args, args.seed + i) for i in range(args.count)]
+    written = [*paths]
     for what, file, endings in (("picture", args.output, (".png",)),
                                 ("film", args.film, (".png", ".gif")),
                                 ("attention map", args.attention, (".png",))):
         if file is not None and Path(file).suffix.lower() not in endings:
             raise InputError(f"the {what} is written as {' or '.join(endings)}; {file!r} does not "
                              "end so")
-        if file is not None and not Path(file).parent.is_dir():
-            raise InputError(f"the folder {Path(file).parent} does not exist; make it first")
+        written += [Path(file)] if file is not None and what != "picture" else []
+    for path in written:
+        if not path.parent.is_dir():
+            raise InputError(f"the folder {path.parent} does not exist; make it first")
+        if path.is_dir() or written.count(path) > 1 or str(path) in (args.image, args.mask):
+            raise InputError(f"{path} is a folder, or the name of another picture here; choose "
+                             "another name")
     return paths
 
 
@@ -2166,14 +2201,15 @@ def make_pictures(args: argparse.Namespace) -> None:
     """What the command does without --train. Pictures are made one by one, so that each is the
     same to the bit as when it is made alone."""
     paths = check_paths(args)
-    image, mask = (file and open_image(file) for file in (args.image, args.mask))
+    image, mask = (None if f is None else open_image(f) for f in (args.image, args.mask))
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
     image, mask = fit_pictures(image, mask, ldm.config.stride, args.width, args.height)
+    prompt = ldm.encode_text(args.prompt)
     films, attention = [], []
     for path in paths:
         with ldm.attention() if args.attention else contextlib.nullcontext() as maps:
             steps = list(tqdm(ldm.denoise(
-                args.prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
+                prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed, width=args.width,
                 height=args.height, image=image, strength=args.strength, mask=mask),
                 "denoising", steps_walked(args.steps, image, args.strength), unit="step"))
@@ -2185,14 +2221,13 @@ def make_pictures(args: argparse.Namespace) -> None:
         if args.film:                          # ten of the steps, from first to last
             shown = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
             films.append(to_pil(torch.cat([ldm.decode_latents(s.x0) for s in shown])))
-        if args.attention and maps.count:
+        if args.attention:
             attention += draw_attention(picture, ldm.tokenizer.words(args.prompt), maps.mean()[-1])
         args.seed += 1
     if args.film:
-        frames = [grid(list(pictures), len(films)) for pictures in zip(*films)]
-        write_whole(args.film, lambda file: save_film(frames, file, Path(args.film).suffix.lower()))
+        write_whole(args.film, lambda file: save_film(films, file, Path(args.film).suffix.lower()))
         print(args.film)
-    if attention:
+    if args.attention:
         sheet = grid(attention, len(attention) // len(paths))
         write_whole(args.attention, lambda file: sheet.save(file, "PNG"))
         print(args.attention)
@@ -2203,20 +2238,21 @@ def make_pictures(args: argparse.Namespace) -> None:
               "other pictures get Stable Diffusion (see README.md)", file=sys.stderr)
 
 
-def save_film(frames: list[Image.Image], file: str, ending: str) -> None:
-    """The frames side by side (.png), or one after the other (.gif)."""
+def save_film(films: list[list[Image.Image]], file: str, ending: str) -> None:
+    """The frames of each picture as a row (.png), or those of all pictures at once, one after the
+    other (.gif)."""
     if ending == ".png":
-        grid(frames, len(frames)).save(file, "PNG")
+        grid(sum(films, []), len(films[0])).save(file, "PNG")
     else:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0)
+        first, *others = [grid(list(pictures), len(films)) for pictures in zip(*films)]
+        first.save(file, "GIF", save_all=True, append_images=others, duration=200, loop=0)
 
 
 def draw_attention(picture: Image.Image, words: list[tuple[str, list[int]]],
                    maps: Tensor) -> list[Image.Image]:
     """The picture, and for each word (its text, its places in L) the picture lit where the model
     looked for it; maps [L, h, w]."""
-    scale = max(1, 128 // picture.width)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    picture = ImageOps.scale(picture, max(1, 128 // picture.width), Image.Resampling.NEAREST)
     cards = []
     for word, places in [("", []), *words]:
         lit = picture
@@ -2234,26 +2270,29 @@ def draw_attention(picture: Image.Image, words: list[tuple[str, list[int]]],
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse_args(argv)
-        if args.again is not None:
-            again = parse_args(settings_of(args.again))
-            again.output, again.device = args.output, args.device
-            make_pictures(again)
-        elif args.train is None:
+        if args.again is not None:       # the file's settings, then those given beside it
+            settings, prompt = settings_of(args.again)
+            args = parse_args([*settings, *argv])
+            args.prompt = prompt if args.prompt is None else args.prompt
+        if args.train is None:
             make_pictures(args)
         elif args.output is None:
             raise InputError("--train needs -o FILE.safetensors, where the model goes")
         else:
-            train(args.train, args.output, weights=args.weights, vae_steps=args.vae_steps,
-                  unet_steps=args.unet_steps, vae_batch=args.vae_batch, unet_batch=args.unet_batch,
-                  seed=args.seed, device=args.device, dtype=getattr(torch, args.dtype),
-                  save_minutes=args.save_minutes)
+            names = ("weights", "vae_steps", "unet_steps", "vae_batch", "unet_batch", "seed",
+                     "device", "save_minutes")
+            train(args.train, args.output, dtype=getattr(torch, args.dtype),
+                  **{name: getattr(args, name) for name in names})
         return 0
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"tiny_ldm: {e}", file=sys.stderr)
         return 2
-    except (MemoryError, torch.OutOfMemoryError) as e:
+    except (MemoryError, RuntimeError) as e:     # PyTorch has no type of its own for the CPU's
+        if not re.search("alloc|out of memory", str(e)):
+            raise
         print(f"tiny_ldm: not enough memory ({shortened(str(e))}); make a smaller picture, or use "
               "--dtype bfloat16", file=sys.stderr)
         return 2
