@@ -1959,9 +1959,12 @@ class Trainer:
             rows = [[part[i % size] for part in self.pool[step + i // size]] for i in picks]
             mean, logvar, ids = (torch.stack(part) for part in zip(*rows))
             z_noise, eps = torch.randn((2, *mean.shape), generator=rng).to(device)
-            # Timesteps are spread evenly over the batch: the same mean loss, with less scatter.
+            # Timesteps are spread over the batch, not drawn one by one: the same mean loss, with
+            # less scatter. Large ones come more often (density √t): where there is much noise, the
+            # layout of a picture is decided, which takes longest to learn.
             t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n
-            t = (t * c.schedule.num_timesteps).long().clamp(max=c.schedule.num_timesteps - 1)
+            t = (t ** (2 / 3) * c.schedule.num_timesteps).long()
+            t = t.clamp(max=c.schedule.num_timesteps - 1)
             # A tenth learns what no prompt looks like, for guidance.
             dropped = torch.rand(n, 1, generator=rng) < 0.1
             ids = torch.where(dropped.to(device), no_prompt.to(device), ids)
