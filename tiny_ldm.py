@@ -34,8 +34,8 @@ smaller numbers.)
    10. Training      the autoencoder first, then the U-Net and its text encoder
    11. Command line
 
-Letters in shape comments: B batch, C channels, H W pixels, h w latents, L tokens, D width, S steps,
-T timesteps (1000).
+Letters in shape comments: B batch, C channels, H W pixels, h w latents, L tokens, D width, N places
+(h·w, or L), d width of one head, E width of the timestep's vector, S steps, T timesteps (1000).
 """
 # %% Imports
 from __future__ import annotations
@@ -120,8 +120,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole model. `prediction` is what the U-Net puts out: "eps" (the noise) or "v" (see section
-    2)."""
+    """A whole model. `prediction` is what the U-Net puts out: "eps" (the noise) or "v" (both are
+    explained in section 2)."""
     name: str
     # Side of the training pictures, and the default size of the results
     image_size: int
@@ -234,11 +234,11 @@ def score_from_eps(eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod: Tensor,
                    prediction: str, t: Tensor, eps: Tensor) -> Tensor:
-    """The whole training of a diffusion model: add noise, guess, compare (Ho et al. 2020, algorithm
-    1).
+    """The whole training of a diffusion model: add noise, guess, compare (Ho et al. 2020,
+    algorithm 1).
 
-    x0 [B, 4, h, w] scaled latents; context [B, L, D]; t [B] int64 in 0 ... T−1, uniform; eps like
-    x0, standard normal. The target is ε, or v, whose error is that of ε divided by √ᾱₜ: it counts
+    x0 [B, 4, h, w] scaled latents; context [B, L, D]; t [B] int64 in 0 ... T−1; eps like x0,
+    standard normal. The target is ε, or v, whose error is that of ε divided by √ᾱₜ: it counts
     for more where there is much noise, which is where the layout of a picture is decided. Returns
     the mean squared error, a scalar.
     """
@@ -259,6 +259,14 @@ def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod:
 # than replaces it, so that gradients find a way past it (He et al. 2015, arXiv:1512.03385). Norms:
 # a block first brings its input to mean 0 and variance 1, so that it need not care for the scale.
 
+def zeroed(layer: nn.Module) -> nn.Module:
+    """Fills with zeros: a residual branch that starts as nothing trains better (Zhang et al. 2019,
+    arXiv:1901.09321)."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
 class GroupNorm(nn.GroupNorm):
     """Normalises each group of channels of each picture to mean 0, variance 1 (Wu & He 2018,
     arXiv:1803.08494), in float32 even where the network is half precision: squares overflow."""
@@ -270,9 +278,9 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))): x [B, C, H, W] -> [B, C', H, W]; emb [B, E]
-    or None.
+    """x + conv(silu(norm(conv(silu(norm(x))) + emb))): x [B, C, H, W] -> [B, C', H, W].
 
+    emb [B, E] is the timestep as a vector (section 6), for the U-Net alone; the VAE knows no time.
     eps is 1e-5 in the U-Net and 1e-6 in the VAE (CompVis openaimodel.py, model.py).
     """
 
@@ -386,14 +394,6 @@ class Level(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x if self.resample is None else self.resample(x)
-
-
-def zeroed(layer: nn.Module) -> nn.Module:
-    """Fills with zeros: a residual branch that starts as nothing trains better (Zhang et al. 2019,
-    arXiv:1901.09321)."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
 
 
 # %% 4. VAE
@@ -625,8 +625,8 @@ def shortened(text: str, width: int = 60) -> str:
 
 
 class TextLayer(nn.Module):
-    """One layer of CLIP's transformer: x + attention(norm(x)), then x + mlp(norm(x)).  x [B, L,
-    D]."""
+    """One layer of CLIP's transformer: x + attention(norm(x)), then x + mlp(norm(x)), where
+    x [B, L, D]."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -739,8 +739,8 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B, C, h, w] noisy latents, t [B] timesteps, context [B, L, D] -> the network's guess [B,
-    4, h, w]."""
+    """x [B, C, h, w] noisy latents, t [B] timesteps, context [B, L, D] -> the network's guess,
+    [B, 4, h, w]."""
 
     def __init__(self, c: UNetConfig, context_dim: int):
         super().__init__()
