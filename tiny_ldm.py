@@ -1681,7 +1681,7 @@ class ShapesData:
 # encoder on the VAE's latents. Everything random in step n (which pictures, which noise) is drawn
 # from a generator seeded with n, so that a run that was interrupted goes on exactly as if it had
 # not been. With `torchrun --nproc-per-node N`, N processes make a part of every batch each, and
-# exchange nothing but gradients (and Muon's updates).
+# exchange nothing but gradients.
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -1752,12 +1752,10 @@ class Optimizer(torch.optim.Optimizer):
     of the gradient over the root of that of its square. Muon (Jordan et al. 2024) takes a weight
     matrix as a whole: of the gradient's U Σ Vᵀ it keeps the directions and sets all singular values
     to about 1, so that rare directions are learned as fast as common ones. A convolution counts as
-    a matrix [out, in·9]. It costs a third of a small step, so each process does its share of the
-    matrices.
+    a matrix [out, in·9].
     """
 
     def __init__(self, params: dict[str, nn.Parameter], lr: float = 1e-3, muon_lr: float = 0.02):
-        self.rank, self.world = rank_and_world()
         edge = ("embedding", "conv_in", "conv_out", "quant_conv")
         inside = {n for n, p in params.items() if p.ndim >= 2 and not any(e in n for e in edge)}
         groups = [dict(params=[p for n, p in params.items() if (n in inside) == muon],
@@ -1767,7 +1765,6 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """One step at `factor` times the full learning rates."""
-        matrices, updates = [], []
         for group in self.param_groups:
             lr = group["base_lr"] * factor
             for p in (p for p in group["params"] if p.grad is not None):
@@ -1776,19 +1773,15 @@ class Optimizer(torch.optim.Optimizer):
                 if group["muon"]:
                     m.lerp_(p.grad, 0.05)                        # running mean of the gradient ...
                     g = p.grad.lerp(m, 0.95).flatten(1)          # ... one step ahead (Nesterov)
-                    mine = len(matrices) % self.world == self.rank
-                    updates.append(orthogonalized(g) if mine else torch.zeros_like(g))
                     # A tall matrix needs more to move its outputs as much: √(rows/columns).
-                    matrices.append((p, lr * max(1.0, g.shape[0] / g.shape[1]) ** 0.5))
+                    tall = max(1.0, g.shape[0] / g.shape[1]) ** 0.5
+                    p.sub_(lr * tall * orthogonalized(g).reshape(p.shape))
                 else:
                     n = s["n"] = s.get("n", 0) + 1
                     m.lerp_(p.grad, 0.1)
                     v = s.setdefault("v", torch.zeros_like(p)).lerp_(p.grad**2, 0.01)
                     # Both means start at 0, too small at first: divided by what they have summed
                     p.sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.99**n)) ** 0.5 + 1e-8))
-        average(updates, self.world)
-        for (p, lr), update in zip(matrices, updates):
-            p.sub_(lr * self.world * update.reshape(p.shape))
 
 
 def orthogonalized(g: Tensor) -> Tensor:
