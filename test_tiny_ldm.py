@@ -965,6 +965,14 @@ def test_built_in_file_is_small_and_half_precision():
         assert {f.get_tensor(k).dtype for k in f.keys()} == {torch.float16}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_built_in_model_draws_what_it_is_told(dtype):
+    """25 unseen captions of each kind; the README's table has more."""
+    ldm = LatentDiffusion.load(dtype=dtype)
+    shares = {kind: right(prompt_following(ldm, kind, 25)) for kind in KINDS}
+    assert shares["one thing"] >= 0.8 and min(shares.values()) >= 0.5, shares
+
+
 def test_command_makes_a_picture_and_says_only_its_name(tmp_path):
     prompt = "a red circle left of a blue square on a white background"
     done = run(prompt, "--steps", 3, "--film", "f.gif", cwd=tmp_path)
@@ -974,7 +982,7 @@ def test_command_makes_a_picture_and_says_only_its_name(tmp_path):
     image = Image.open(tmp_path / name)
     assert image.size == (SHAPES.image_size,) * 2
     assert image.text["parameters"].splitlines() == [
-        prompt, "Steps: 3, Sampler: ddim, CFG scale: 7.5, Seed: 0, Eta: 0.0, "
+        prompt, "Steps: 3, Sampler: ddim, CFG scale: 3.0, Seed: 0, Eta: 0.0, "
                 "Precision: float32, Size: 64x64, Model: shapes"]
     assert Image.open(tmp_path / "f.gif").n_frames >= 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [name, "f.gif"]
@@ -1793,7 +1801,7 @@ def print_table(argv: list[str]) -> None:
     ap.add_argument("--weights")
     ap.add_argument("--steps", type=int, default=50)
     ap.add_argument("--sampler", default="ddim")
-    ap.add_argument("--guidance-scale", type=float, default=7.5)
+    ap.add_argument("--guidance-scale", type=float)
     ap.add_argument("--dtype", default="float32")
     ap.add_argument("--failures", action="store_true", help="also print what was wrong")
     ap.add_argument("--grid", metavar="FILE", help="also draw the first pictures of each kind")

@@ -128,6 +128,8 @@ class Config:
     prediction: str = "eps"
     # 1 / (standard deviation of the latents), so that scaled latents have about 1
     scale_factor: float = 0.18215
+    # How much the prompt counts unless the user says (section 8: guidance)
+    guidance_scale: float = 7.5
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -160,6 +162,7 @@ SHAPES = Config(
     image_size=64,          # 8 x 8 latents: the fewest in which a shape still keeps its corners
     prediction="v",         # learns colours and layout sooner than "eps" (section 2 says why)
     scale_factor=1.0,       # measured after the VAE is trained, and stored with the weights
+    guidance_scale=3.0,     # measured: with more, a second thing may be drawn twice
     text=TextConfig(vocab_size=512, max_length=24, width=128, num_layers=3, num_heads=4),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=8),
     unet=UNetConfig(channels=112, channel_mult=(1, 1), num_res_blocks=1, attention=(True, True),
@@ -1153,24 +1156,27 @@ class LatentDiffusion(nn.Module):
         return self.encode_text(prompt)
 
     def denoise(self, prompt: Prompt, negative_prompt: Prompt = "", *, steps: int = 50,
-                sampler: str = "ddim", guidance_scale: float = 7.5, eta: float = 0.0, seed: int = 0,
-                batch_size: int = 1, width: int | None = None, height: int | None = None,
-                latents: Tensor | None = None, image: Picture | None = None, strength: float = 0.75,
+                sampler: str = "ddim", guidance_scale: float | None = None, eta: float = 0.0,
+                seed: int = 0, batch_size: int = 1, width: int | None = None,
+                height: int | None = None, latents: Tensor | None = None,
+                image: Picture | None = None, strength: float = 0.75,
                 mask: Picture | None = None) -> Iterator[Step]:
         """Makes pictures and yields every step of it; `decode_latents(step.x)` shows the picture so
         far.
 
         prompt: a string, a list, or a context tensor [n, L, D]; each is used batch_size times.
-        negative_prompt: one for all, or one for each prompt. Picture i draws all its noise from its
-        own generator, seeded with seed + i, on the CPU and in float32, so it is the same picture
-        alone or in a batch, on every device. latents: what to start from in place of noise,
-        [B, 4, h, w]. image, mask: see `fit_pictures`. With an image, the walk starts from the image
-        with noise in it, strength · S steps before the end (SDEdit, Meng et al. 2021,
-        arXiv:2108.01073): 0 gives it back, 1 forgets it. With a mask, it stays as it is where the
-        mask is black. Raises InputError for settings out of range, and for a size that is no
-        multiple of the model's stride.
+        negative_prompt: one for all, or one for each prompt. guidance_scale: if None, the config's,
+        7.5 in SD 1.x. Picture i draws all its noise from its own generator, seeded with seed + i,
+        on the CPU and in float32, so it is the same picture alone or in a batch, on every device.
+        latents: what to start from in place of noise, [B, 4, h, w]. image, mask: see
+        `fit_pictures`. With an image, the walk starts from the image with noise in it,
+        strength · S steps before the end (SDEdit, Meng et al. 2021, arXiv:2108.01073): 0 gives it
+        back, 1 forgets it. With a mask, it stays as it is where the mask is black. Raises
+        InputError for settings out of range, and for a size that is no multiple of the model's
+        stride.
         """
         c = self.config
+        guidance_scale = c.guidance_scale if guidance_scale is None else guidance_scale
         if latents is not None:
             height, width = (side * c.latent_stride for side in latents.shape[-2:])
         image, mask = fit_pictures(image, mask, c.stride, width, height)
@@ -2082,7 +2088,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-n", "--count", type=int, default=1, metavar="COUNT", help="with seeds N, N+1, ...")
     groups = {"pictures": (
         ("steps", int, 50, "N", "1 to 1000"), ("sampler", str, "ddim", "NAME", ", ".join(SAMPLERS)),
-        ("guidance-scale", float, 7.5, "X", "how much the prompt counts"),
+        ("guidance-scale", float, None, "X", "how much the prompt counts (default: the model's)"),
         ("eta", float, 0.0, "X", "fresh noise in ddim, 0 to 1"),
         ("negative-prompt", str, "", "TEXT", "what to steer away from"),
         ("width", int, None, "W", "of the picture"), ("height", int, None, "H", "of the picture"),
@@ -2201,6 +2207,8 @@ def make_pictures(args: argparse.Namespace) -> None:
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
     image, mask = fit_pictures(image, mask, ldm.config.stride, args.width, args.height)
     prompt = ldm.encode_text(args.prompt)
+    if args.guidance_scale is None:
+        args.guidance_scale = ldm.config.guidance_scale
     films, attention = [], []
     for path in paths:
         with ldm.attention() if args.attention else contextlib.nullcontext() as maps:
