@@ -2087,7 +2087,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N")
     add("-n", "--count", type=int, default=1, metavar="COUNT", help="with seeds N, N+1, ...")
     groups = {"pictures": (
-        ("steps", int, 50, "N", "1 to 1000"), ("sampler", str, "ddim", "NAME", ", ".join(SAMPLERS)),
+        ("steps", int, 20, "N", "1 to 1000"),
+        ("sampler", str, "euler_a", "NAME", ", ".join(SAMPLERS)),
         ("guidance-scale", float, None, "X", "how much the prompt counts (default: the model's)"),
         ("eta", float, 0.0, "X", "fresh noise in ddim, 0 to 1"),
         ("negative-prompt", str, "", "TEXT", "what to steer away from"),
