@@ -1085,6 +1085,8 @@ BAD = [
     (["a", "--eta", "2"], "eta must be from 0 to 1, not 2.0"),
     (["a", "--guidance-scale", "nan"], "guidance_scale must be from -1000 to 1000, not nan"),
     (["a", "--strength", "1.5"], "strength must be from 0 to 1, not 1.5"),
+    (["a", "--image", "p.png", "--strength", "nan", "--attention", "x.png"],
+     "strength must be from 0 to 1, not nan"),
     (["a", "--image", "none.png"], "none.png can't be read as a picture ([Errno 2] No such file"),
     (["a", "--image", "text.safetensors"], "text.safetensors can't be read as a picture"),
     (["a", "--image", "p.png", "--mask", "none.png"], "none.png can't be read as a picture"),

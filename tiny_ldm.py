@@ -1286,9 +1286,9 @@ class LatentDiffusion(nn.Module):
         image, mask = fit_pictures(settings.get("image"), settings.get("mask"), self.config.stride,
                                    settings.get("width"), settings.get("height"))
         settings.update(image=image, mask=mask)
+        walk = self.denoise(prompt, negative_prompt, **settings)
         total = steps_walked(settings.get("steps", 50), image, settings.get("strength", 0.75))
-        for step in tqdm(self.denoise(prompt, negative_prompt, **settings), "denoising", total,
-                         disable=not progress, unit="step"):
+        for step in tqdm(walk, "denoising", total, disable=not progress, unit="step"):
             pass
         return to_pil(paste(self.decode_latents(step.x), image, mask))
 
@@ -2179,7 +2179,7 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
     if args.seed + args.count > 2**63:
         raise InputError(f"the seeds must be below 2**63, and the last would be {args.seed} + "
                          f"{args.count - 1}")
-    if args.attention and not steps_walked(args.steps, args.image, args.strength):
+    if args.attention and args.image and args.strength * args.steps < 1:
         raise InputError(f"at strength {args.strength} the model never looks at the picture: "
                          "--attention needs more")
     paths = [picture_path(args, args.seed + i) for i in range(args.count)]
@@ -2191,12 +2191,14 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
             raise InputError(f"the {what} is written as {' or '.join(endings)}; {file!r} does not "
                              "end so")
         written += [Path(file)] if file is not None and what != "picture" else []
+    taken = {args.image, args.mask}
     for path in written:
         if not path.parent.is_dir():
             raise InputError(f"the folder {path.parent} does not exist; make it first")
-        if path.is_dir() or written.count(path) > 1 or str(path) in (args.image, args.mask):
+        if path.is_dir() or str(path) in taken:
             raise InputError(f"{path} is a folder, or the name of another picture here; choose "
                              "another name")
+        taken.add(str(path))
     return paths
 
 
