@@ -1761,7 +1761,9 @@ class Optimizer(torch.optim.Optimizer):
     a matrix [out, in·9].
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], lr: float = 1e-3, muon_lr: float = 0.02):
+    def __init__(self, params: dict[str, nn.Parameter], dtype: torch.dtype = torch.float32,
+                 lr: float = 1e-3, muon_lr: float = 0.02):
+        self.dtype = dtype        # of the matrix products: half precision is enough for them
         edge = ("embedding", "conv_in", "conv_out", "quant_conv")
         inside = {n for n, p in params.items() if p.ndim >= 2 and not any(e in n for e in edge)}
         groups = [dict(params=[p for n, p in params.items() if (n in inside) == muon],
@@ -1781,7 +1783,7 @@ class Optimizer(torch.optim.Optimizer):
                     g = p.grad.lerp(m, 0.95).flatten(1)          # ... one step ahead (Nesterov)
                     # A tall matrix needs more to move its outputs as much: √(rows/columns).
                     tall = max(1.0, g.shape[0] / g.shape[1]) ** 0.5
-                    p.sub_(lr * tall * orthogonalized(g).reshape(p.shape))
+                    p.sub_(lr * tall * orthogonalized(g.to(self.dtype)).reshape(p.shape))
                 else:
                     n = s["n"] = s.get("n", 0) + 1
                     m.lerp_(p.grad, 0.1)
@@ -1797,12 +1799,12 @@ def orthogonalized(g: Tensor) -> Tensor:
     were chosen to push anything in (0, 1] quickly to between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = (g / (g.norm() + 1e-7)).bfloat16()      # rough is enough
+    x = g / (g.norm() + 1e-7)
     x = x.T if g.shape[0] > g.shape[1] else x
     for _ in range(5):
         y = x @ x.T
         x = a * x + (b * y + c * y @ y) @ x
-    return (x.T if g.shape[0] > g.shape[1] else x).to(g.dtype)
+    return x.T if g.shape[0] > g.shape[1] else x
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1849,7 +1851,7 @@ class Trainer:
         their moving averages in their place."""
         params = {n: p for n, p in self.ldm.named_parameters() if n.startswith(prefix)}
         ema = {n: p.detach().clone() for n, p in params.items()}
-        optimizer, start, before, mean_loss = Optimizer(params), 0, 0.0, None
+        optimizer, start, before, mean_loss = Optimizer(params, self.dtype), 0, 0.0, None
         if self.checkpoint and self.checkpoint["stage"] == stage:
             start, before, mean_loss = (self.checkpoint[k] for k in ("step", "seconds", "loss"))
             optimizer.load_state_dict(self.checkpoint["optimizer"])
