@@ -1142,6 +1142,18 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, bad_files, monkeyp
     assert sorted(bad_files.rglob("*")) == before
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line_and_other_errors_are_raised(error, capsys):
+    def fails(argv):
+        raise error
+    assert tiny_ldm.main([], fails) == 2
+    assert capsys.readouterr().err.startswith("tiny_ldm: not enough memory (")
+    error = RuntimeError("a mistake of this program")
+    with pytest.raises(RuntimeError, match="a mistake"):
+        tiny_ldm.main([], fails)
+
+
 def test_bad_input_from_the_shell(tmp_path):
     done = run("a", "--steps", 0, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

@@ -1009,7 +1009,7 @@ def dpmpp_2m(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -
 def langevin(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
     """Annealed Langevin dynamics (Song & Ermon 2019, arXiv:1907.05600, algorithm 1), the ancestor
     of all this: climb towards likelier pictures, shaken by fresh noise, while the noise level
-    falls slowly enough for the picture to keep up. It takes hundreds of steps.
+    falls slowly enough for the picture to keep up. It takes more steps than the others.
 
     The paper's step size δ is the same share r of each level's variance; its ten levels with a
     hundred steps each are S levels with one step here. The last step only takes the noise away.
@@ -1939,7 +1939,8 @@ class Trainer:
         """This process's pictures of a group as (mean, logvar, ids)."""
         images, captions = self.images(group, size)
         mean, logvar = self.ldm.vae.encode(images)
-        return mean.float(), logvar.float(), self.ldm.tokenizer(captions, False).to(images.device)
+        return mean.float(), logvar.float(), self.ldm.tokenizer(captions, warn=False).to(
+            images.device)
 
     def train_unet(self, steps: int, batch: int) -> None:
         """Stage 2, on a pool of encoded pictures that slides along the stream of pictures: in each
@@ -2277,33 +2278,37 @@ def draw_attention(picture: Image.Image, words: list[tuple[str, list[int]]],
     return cards
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+def run(argv: list[str]) -> None:
+    """What the arguments ask for. Raises InputError."""
+    args = parse_args(argv)
+    if args.again is not None:       # the file's settings, then those given beside it
+        settings, prompt = settings_of(args.again)
+        args = parse_args([*settings, *argv])
+        args.prompt = prompt if args.prompt is None else args.prompt
+    if args.train is None:
+        make_pictures(args)
+    elif args.output is None:
+        raise InputError("--train needs -o FILE.safetensors, where the model goes")
+    else:
+        names = ("weights", "vae_steps", "unet_steps", "vae_batch", "unet_batch", "seed",
+                 "device", "save_minutes")
+        train(args.train, args.output, dtype=getattr(torch, args.dtype),
+              **{name: getattr(args, name) for name in names})
+
+
+def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = run) -> int:
+    """Runs a command and returns its exit code: 2, and one line on stderr, for bad input."""
     try:
-        args = parse_args(argv)
-        if args.again is not None:       # the file's settings, then those given beside it
-            settings, prompt = settings_of(args.again)
-            args = parse_args([*settings, *argv])
-            args.prompt = prompt if args.prompt is None else args.prompt
-        if args.train is None:
-            make_pictures(args)
-        elif args.output is None:
-            raise InputError("--train needs -o FILE.safetensors, where the model goes")
-        else:
-            names = ("weights", "vae_steps", "unet_steps", "vae_batch", "unet_batch", "seed",
-                     "device", "save_minutes")
-            train(args.train, args.output, dtype=getattr(torch, args.dtype),
-                  **{name: getattr(args, name) for name in names})
+        command(sys.argv[1:] if argv is None else argv)
         return 0
     except (InputError, OSError) as e:
         print(f"tiny_ldm: {e}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:     # PyTorch has no type of its own for the CPU's
-        if not re.search("alloc|out of memory", str(e)):
+        if isinstance(e, RuntimeError) and not re.search("alloc|out of memory", str(e)):
             raise
-        print(f"tiny_ldm: not enough memory ({shortened(str(e))}); make a smaller picture, or use "
-              "--dtype bfloat16", file=sys.stderr)
+        print(f"tiny_ldm: not enough memory ({shortened(str(e))}); close other programs, make a "
+              "smaller picture, or use --dtype bfloat16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tiny_ldm: interrupted", file=sys.stderr)

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
                       LatentDiffusion, TextConfig, clip_backend, read_text, read_weights,
                       shortened, write_whole)
@@ -558,8 +559,8 @@ def to_official(source: str, out: Path | None = None, dtype: torch.dtype | None 
 # %% 5. Command line
 # --------------------------------------------------------------------------------------------------
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit code."""
+def run(argv: list[str]) -> None:
+    """What the arguments ask for. Raises InputError."""
     ap = ArgumentParser(prog="weights_convert.py", description=__doc__, allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("source", metavar="SOURCE",
@@ -570,20 +571,17 @@ def main(argv: list[str] | None = None) -> int:
                     help="CLIP's vocabulary, for a lone checkpoint")
     ap.add_argument("--to", choices=("tiny_ldm", "official"), default="tiny_ldm")
     ap.add_argument("--force", action="store_true", help="replace an output that exists")
-    try:
-        args = ap.parse_args(argv)
-        dtype = getattr(torch, args.dtype) if args.dtype else None
-        if args.to == "official":
-            print(to_official(args.source, args.output, dtype, args.force))
-        else:
-            print(convert(args.source, args.output, dtype, args.tokenizer, args.force))
-        return 0
-    except InputError as e:
-        print(f"tiny_ldm: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("tiny_ldm: interrupted", file=sys.stderr)
-        return 130
+    args = ap.parse_args(argv)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.to == "official":
+        print(to_official(args.source, args.output, dtype, args.force))
+    else:
+        print(convert(args.source, args.output, dtype, args.tokenizer, args.force))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    return tiny_ldm.main(argv, run)
 
 
 if __name__ == "__main__":
