@@ -1,0 +1,84 @@
+"""Runs the notebooks from top to bottom, each in a fresh kernel, as a reader would.
+
+    python .ci/notebooks.py [FILE ...]             checks them: what they print is thrown away
+    python .ci/notebooks.py --write [FILE ...]     stores what they print in them
+
+A notebook fails if a cell raises or writes to stderr (a warning of deprecation in our own code, a
+progress bar), if it takes more than 3 minutes, or, when checking, if the stored outputs are stale:
+cells not run in order, or with other kinds of output (picture, text) than now.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+LIMIT = 180    # seconds for one notebook on 2 cores
+
+
+def kinds(cell: nbformat.NotebookNode) -> list[str]:
+    """What a cell puts out, as the reader sees it: text, picture, ..."""
+    found = []
+    for output in cell.outputs:
+        data = output.get("data", {})
+        kind = ("picture" if any(mime.startswith("image/") for mime in data) else
+                "html" if "text/html" in data else "text")
+        if found[-1:] != [kind] or kind == "picture":     # text may come in several pieces
+            found.append(kind)
+    return found
+
+
+def check(path: Path, write: bool) -> list[str]:
+    """Runs one notebook; returns what is wrong with it."""
+    stored = nbformat.read(path, as_version=4)
+    fresh = nbformat.read(path, as_version=4)
+    began = time.monotonic()
+    try:
+        NotebookClient(fresh, timeout=600, kernel_name="python3",
+                       resources={"metadata": {"path": str(path.parent)}}).execute()
+    except CellExecutionError as e:
+        return [str(e)]
+    seconds, wrong = time.monotonic() - began, []
+    old, new = ([c for c in book.cells if c.cell_type == "code"] for book in (stored, fresh))
+    for number, (was, now) in enumerate(zip(old, new), 1):
+        wrong += [f"cell {number} writes to stderr: {output.text.strip()[:500]}"
+                  for output in now.outputs if output.get("name") == "stderr"]
+        if not write and (was.execution_count != number or kinds(was) != kinds(now)):
+            wrong.append(f"cell {number}: the stored output is stale ({kinds(was)}, now "
+                         f"{kinds(now)}); run with --write")
+    if seconds > LIMIT:
+        wrong.append(f"took {seconds:.0f} s, more than {LIMIT}")
+    if write and not wrong:
+        for cell in fresh.cells:
+            cell.metadata.pop("execution", None)          # times of day change with every run
+        fresh.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3",
+                                         "language": "python"},
+                          "language_info": {"name": "python"}}
+        nbformat.write(fresh, path)
+    print(f"{path.name}: {seconds:.0f} s", "" if not wrong else "WRONG", flush=True)
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("files", nargs="*", type=Path)
+    args = parser.parse_args()
+    # Deprecation in a library's own code is the library's; in ours it is shown, so it fails.
+    shown = [f"default::{kind}:{module}" for module in ("__main__", "tiny_ldm", "weights_convert")
+             for kind in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning")]
+    os.environ["PYTHONWARNINGS"] = ",".join(shown)
+    files = args.files or sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+    wrong = [(path.name, line) for path in files for line in check(path.resolve(), args.write)]
+    for name, line in wrong:
+        print(f"{name}: {line}", file=sys.stderr)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
