@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -940,6 +941,61 @@ def test_interrupted_training_equals_an_uninterrupted_one(tmp_path, monkeypatch,
     assert whole.config == parts.config
     assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
     assert not list(tmp_path.glob("*.part"))
+
+
+SHARED_TRAINING = """
+import os, pathlib, sys, torch
+import test_tiny_ldm, tiny_ldm
+torch.set_num_threads(1)
+real = tiny_ldm.Trainer.save
+def save_then_die(self, params, ema, sample, state):
+    real(self, params, ema, sample, state)
+    if (state["stage"], state["step"]) == ("unet", 2):
+        os._exit(9)                                        # as by kill -9: nothing is tidied up
+if sys.argv[2] == "dies":
+    tiny_ldm.Trainer.save = save_then_die
+try:
+    test_tiny_ldm.small_training(pathlib.Path(sys.argv[1]), vae_batch=8, save_minutes=0)
+except tiny_ldm.InputError as e:
+    sys.exit(f"tiny_ldm: {e}")
+"""
+
+
+def trained_by(processes: int, out: Path, how: str = "lives") -> list[str]:
+    """Trains in so many processes, as torchrun starts them; returns what each wrote to stderr, less
+    the progress bar."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [subprocess.Popen(
+        [sys.executable, "-c", SHARED_TRAINING, out, how], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE), "RANK": str(rank), "LOCAL_RANK": str(rank),
+             "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        for rank in range(processes)]
+    return [p.communicate(timeout=120)[1].rpartition("\r")[2] for p in started]
+
+
+def test_two_processes_train_as_one_does_and_either_goes_on_from_the_other(tmp_path):
+    trained_by(1, tmp_path / "one.safetensors")
+    trained_by(2, tmp_path / "two.safetensors")
+    said = trained_by(2, tmp_path / "both.safetensors", "dies")
+    assert said[1].count("\n") == 1 and "another process of this training has ended" in said[1]
+    trained_by(1, tmp_path / "both.safetensors")
+    one, two, both = (torch.load(tmp_path / f"{name}.safetensors.checkpoint")
+                      for name in ("one", "two", "both"))
+    for other in (two, both):
+        assert other["step"] == 4 and other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        for name, weights in one["ema"].items():
+            torch.testing.assert_close(other["ema"][name], weights, atol=1e-3, rtol=0)
+
+
+def test_torchrun_shares_a_training_and_a_batch_that_can_t_be_shared_is_refused(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", HERE / "tiny_ldm.py", "--train", "shapes", "-o"]
+    ended = subprocess.run([*torchrun, tmp_path / "m.safetensors", "--unet-batch", "15"],
+                           capture_output=True, text=True)
+    assert "batches of 64 and 15 pictures can't be shared evenly among 2 proc" in ended.stderr
+    assert ended.returncode != 0 and not list(tmp_path.iterdir())
 
 
 def test_training_on_a_folder_then_from_its_weights(tmp_path):

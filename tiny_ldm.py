@@ -1687,7 +1687,8 @@ class ShapesData:
 # encoder on the VAE's latents. Everything random in step n (which pictures, which noise) is drawn
 # from a generator seeded with n, so that a run that was interrupted goes on exactly as if it had
 # not been. With `torchrun --nproc-per-node N`, N processes make a part of every batch each, and
-# exchange nothing but gradients.
+# exchange nothing but gradients. Each draws the random numbers of the whole batch and uses its part,
+# so that what is learned does not depend on N.
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -1817,7 +1818,11 @@ def average(tensors: list[Tensor], world: int) -> None:
     the whole."""
     if world > 1 and tensors:
         flat = torch.cat([t.flatten() for t in tensors])      # one large message beats many small
-        torch.distributed.all_reduce(flat)
+        try:
+            torch.distributed.all_reduce(flat)
+        except RuntimeError:
+            raise InputError("another process of this training has ended, so this one ends, too; "
+                             "the same command goes on from the last checkpoint") from None
         for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
 
@@ -1835,13 +1840,17 @@ class Trainer:
         self.pool: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def generator(self, step: int) -> torch.Generator:
-        """The source of all that is random in a step of this process."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step * self.world + self.rank)
+        """The source of all that is random in a step, the same in every process."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
-    def images(self, step: int, n: int) -> tuple[Tensor, list[str]]:
-        """This process's n pictures of a step, [n, 3, H, W], and their captions."""
-        first = (step * self.world + self.rank) * n
-        pictures, captions = zip(*(self.data.item(i) for i in range(first, first + n)))
+    def mine(self, batch: int) -> slice:
+        """Which rows of a batch are this process's."""
+        return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
+
+    def images(self, step: int, batch: int) -> tuple[Tensor, list[str]]:
+        """This process's pictures of a step, [its part of B, 3, H, W], and their captions."""
+        numbers = range(step * batch, (step + 1) * batch)[self.mine(batch)]
+        pictures, captions = zip(*(self.data.item(i) for i in numbers))
         images = to_tensor(list(pictures)).to(self.ldm.device)
         return images.contiguous(memory_format=torch.channels_last), list(captions)
 
@@ -1916,23 +1925,24 @@ class Trainer:
 
         def loss_of(step: int) -> Tensor:
             whole, rng = step >= steps * 10 // 11, self.generator(step)
-            n = max(1, batch // self.world // (4 if whole else 1))
-            images = self.images(step, n)[0]
+            n = max(self.world, batch // 4) if whole else batch
+            images, half = self.images(step, n)[0], c.image_size // 2
             if not whole:
-                images = busiest_windows(images, c.image_size // 2, rng)
+                corners = torch.randint(c.image_size - half + 1, (n, 4, 2), generator=rng)
+                images = busiest_windows(images, half, corners[self.mine(n)].tolist())
             side = images.shape[-1] // c.latent_stride
             noise = torch.randn((n, c.vae.latent_channels, side, side), generator=rng)
-            return vae_loss(vae, images, noise.to(images), kl_weight=1e-4)
+            return vae_loss(vae, images, noise[self.mine(n)].to(images), kl_weight=1e-4)
 
         def sample() -> Image.Image:
-            images = self.images(0, 8)[0]
+            images = self.images(0, 8 * self.world)[0]
             return grid(to_pil(images) + to_pil(vae.decode(vae.encode(images)[0])), 8)
 
         self.fit("vae", "vae.", loss_of, steps, batch, 0.998, sample)
         with torch.no_grad():
             latents = torch.cat([vae.encode(self.images(i, 64)[0])[0] for i in range(16)])
-            average(std := [latents.std()], self.world)
-        self.ldm.config = replace(c, scale_factor=1 / std[0].item())
+            average(moments := [latents.mean(), (latents**2).mean()], self.world)
+        self.ldm.config = replace(c, scale_factor=(moments[1] - moments[0] ** 2).item() ** -0.5)
 
     @torch.no_grad()
     def encoded(self, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1946,9 +1956,8 @@ class Trainer:
         """Stage 2, on a pool of encoded pictures that slides along the stream of pictures: in each
         step a few new ones push out the oldest, so that encoding costs little and yet no picture
         stays for long."""
-        c, n = self.ldm.config, max(1, batch // self.world)
-        size = max(1, n // 8)
-        groups = max(1, min(self.pool_size // self.world, len(self.data)) // size)
+        c, mine, size = self.ldm.config, self.mine(batch), max(self.world, batch // 8)
+        groups = max(1, min(self.pool_size, len(self.data)) // size)
         no_prompt, device = self.ldm.tokenizer([""]), self.ldm.device
 
         def loss_of(step: int) -> Tensor:
@@ -1956,19 +1965,22 @@ class Trainer:
                 if g not in self.pool:
                     self.pool[g] = self.encoded(g, size)
             self.pool.pop(step - 1, None)
+            # Each row of the batch takes from a random group, in which its place is its own.
             rng = self.generator(step)
-            picks = torch.randint(groups * size, (n,), generator=rng).tolist()
-            rows = [[part[i % size] for part in self.pool[step + i // size]] for i in picks]
+            picks = torch.randint(groups, (batch,), generator=rng)[mine].tolist()
+            rows = [[part[i * len(part) // len(picks)] for part in self.pool[step + g]]
+                    for i, g in enumerate(picks)]
             mean, logvar, ids = (torch.stack(part) for part in zip(*rows))
-            z_noise, eps = torch.randn((2, *mean.shape), generator=rng).to(device)
+            noise = torch.randn((2, batch, *mean.shape[1:]), generator=rng)
+            z_noise, eps = noise[:, mine].to(device)
             # Timesteps are spread over the batch, not drawn one by one: the same mean loss, with
             # less scatter. Large ones come more often (density √t): where there is much noise, the
             # layout of a picture is decided, which takes longest to learn.
-            t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n
-            t = (t ** (2 / 3) * c.schedule.num_timesteps).long()
+            t = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
+            t = (t[mine] ** (2 / 3) * c.schedule.num_timesteps).long()
             t = t.clamp(max=c.schedule.num_timesteps - 1)
             # A tenth learns what no prompt looks like, for guidance.
-            dropped = torch.rand(n, 1, generator=rng) < 0.1
+            dropped = torch.rand(batch, 1, generator=rng)[mine] < 0.1
             ids = torch.where(dropped.to(device), no_prompt.to(device), ids)
             x0 = c.scale_factor * sample_posterior(mean, logvar, z_noise)
             return diffusion_loss(self.ldm.unet, x0.contiguous(memory_format=torch.channels_last),
@@ -1980,13 +1992,12 @@ class Trainer:
         self.fit("unet", ("unet.", "text_encoder."), loss_of, steps, batch, 0.999, sample)
 
 
-def busiest_windows(images: Tensor, side: int, rng: torch.Generator) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, side, side]: of four windows at random the one with the most in it,
-    since little is learned from an empty background."""
+def busiest_windows(images: Tensor, side: int, corners: list) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, side, side]: of the four windows with these (y, x) corners the one with
+    the most in it, since little is learned from an empty background."""
     windows = []
-    for image in images:
-        corners = torch.randint(image.shape[-1] - side + 1, (4, 2), generator=rng).tolist()
-        crops = [image[:, y : y + side, x : x + side] for y, x in corners]
+    for image, places in zip(images, corners):
+        crops = [image[:, y : y + side, x : x + side] for y, x in places]
         windows.append(max(crops, key=Tensor.std))
     return torch.stack(windows).contiguous(memory_format=torch.channels_last)
 
@@ -2028,7 +2039,11 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist; make it first")
     keep_freed_memory()
-    distributed = rank_and_world()[1] > 1
+    world = rank_and_world()[1]
+    if vae_batch % world or unet_batch % world:
+        raise InputError(f"batches of {vae_batch} and {unet_batch} pictures can't be shared evenly "
+                         f"among {world} processes; choose multiples of {world}")
+    distributed = world > 1
     if distributed:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
