@@ -354,6 +354,14 @@ def test_norm_epsilons_and_padding_are_the_originals():
     assert {m.pad for m in vae.modules() if isinstance(m, tiny_ldm.Downsample)} == {(0, 1, 0, 1)}
 
 
+def test_large_pictures_are_decoded_in_bands_to_the_same_values(tiny, monkeypatch):
+    z = torch.randn(2, 4, 12, 20, generator=torch.Generator().manual_seed(0))
+    whole = tiny.vae.decode(z)
+    monkeypatch.setattr(tiny_ldm, "BAND", 8 * 20)          # as if that were large
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.vae.decode(z), whole, atol=1e-5, rtol=1e-5)
+
+
 def test_group_norm_by_its_definition():
     m, x = tiny_ldm.GroupNorm(2, 4, 1e-2), 0.1 * torch.randn(3, 4, 5, 5)
     groups = x.view(3, 2, -1)

@@ -280,6 +280,43 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
+BAND = 256 * 256             # pixels; from four times as many on, pictures are taken in bands
+
+
+def in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1) -> Tensor:
+    """layer(x), [B, C, H, W] -> [B, C', scale·H, scale·W], where layer looks one row up and down.
+
+    Large pictures go through in bands of rows, each with a row more above and below, whose results
+    are dropped: the same values, but what the layer holds on the way stays small.
+    """
+    h, w = x.shape[2:]
+    out, rows = None, max(1, BAND // w)
+    for y in range(0, h, rows):
+        top, end = max(0, y - 1), min(h, y + rows)
+        band = layer(x[:, :, top : end + 1])[:, :, scale * (y - top) : scale * (end - top)]
+        if out is None:
+            out = band.new_empty((*band.shape[:2], scale * h, scale * w))
+        out[:, :, scale * y : scale * end] = band
+    return out
+
+
+def is_large(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] >= 4 * BAND and not torch.is_grad_enabled()
+
+
+def norm_silu_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))); of a large x in bands, with the norm that the whole has."""
+    if not is_large(x):
+        return conv(F.silu(norm(x)))
+    groups = x.unflatten(1, (norm.num_groups, -1))                          # [B, G, C/G, H, W]
+    moments = [torch.var_mean(g.float(), (1, 2, 3), correction=0) for g in groups.unbind(1)]
+    var, mean = (torch.stack(m, 1).repeat_interleave(groups.shape[2], 1) for m in zip(*moments))
+    factor = norm.weight * (var + norm.eps).rsqrt()                         # [B, C]
+    shift = norm.bias - mean * factor
+    normed = lambda part: part * factor[..., None, None] + shift[..., None, None]
+    return in_bands(lambda part: conv(F.silu(normed(part)).to(x.dtype)), x)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + emb))): x [B, C, H, W] -> [B, C', H, W].
 
@@ -298,11 +335,11 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
         if self.emb is not None:
             # SiLU here too, after the one inside the time embedding
             h = h + self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = norm_silu_conv(self.norm2, self.conv2, h)
         return h + (x if self.skip is None else self.skip(x))
 
 
@@ -381,7 +418,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        layer = lambda part: self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest"))
+        return in_bands(layer, x, 2) if is_large(x) else layer(x)
 
 
 class Level(nn.Module):
@@ -448,7 +486,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return norm_silu_conv(self.norm_out, self.conv_out, self.mid(h))
 
 
 class Decoder(nn.Module):
@@ -472,7 +510,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in self.up:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return norm_silu_conv(self.norm_out, self.conv_out, h)
 
 
 class VAE(nn.Module):
@@ -798,7 +836,7 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
             if level.resample is not None:
                 h = level.resample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return norm_silu_conv(self.norm_out, self.conv_out, h)
 
 
 # %% 7. Samplers
@@ -1455,6 +1493,8 @@ def pick_device(name: str) -> torch.device:
     name = there[0] if name == "auto" else str(name)
     if name.split(":")[0] not in there:
         raise InputError(f"there is no device {name!r} here; there is: {', '.join(there)}")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:         # under torchrun: one for each process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
@@ -2043,11 +2083,7 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     if vae_batch % world or unet_batch % world:
         raise InputError(f"batches of {vae_batch} and {unet_batch} pictures can't be shared evenly "
                          f"among {world} processes; choose multiples of {world}")
-    distributed = world > 1
-    if distributed:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
     checkpoint = read_checkpoint(Path(f"{out}.checkpoint"), run)
@@ -2074,7 +2110,7 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     if not weights and not (checkpoint and checkpoint["stage"] == "unet"):
         trainer.train_vae(vae_steps, vae_batch)
     trainer.train_unet(unet_steps, unet_batch)
-    if distributed:
+    if world > 1:
         torch.distributed.destroy_process_group()
 
 
