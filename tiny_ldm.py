@@ -1727,8 +1727,8 @@ class ShapesData:
 # encoder on the VAE's latents. Everything random in step n (which pictures, which noise) is drawn
 # from a generator seeded with n, so that a run that was interrupted goes on exactly as if it had
 # not been. With `torchrun --nproc-per-node N`, N processes make a part of every batch each, and
-# exchange nothing but gradients. Each draws the random numbers of the whole batch and uses its part,
-# so that what is learned does not depend on N.
+# exchange nothing but gradients. Each draws the random numbers of the whole batch and uses its
+# part, so that what is learned does not depend on N.
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -2033,8 +2033,8 @@ class Trainer:
 
 
 def busiest_windows(images: Tensor, side: int, corners: list) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, side, side]: of the four windows with these (y, x) corners the one with
-    the most in it, since little is learned from an empty background."""
+    """[B, 3, H, W] -> [B, 3, side, side]: of the windows with these (y, x) corners, [B, 4, 2], the
+    one with the most in it, since little is learned from an empty background."""
     windows = []
     for image, places in zip(images, corners):
         crops = [image[:, y : y + side, x : x + side] for y, x in places]
