@@ -1020,6 +1020,16 @@ def test_training_on_a_folder_then_from_its_weights(tmp_path):
     assert m.config.scale_factor == n.config.scale_factor != 1.0
 
 
+def test_the_decoder_alone_goes_on_from_latents_that_stay(tmp_path):
+    small_training(tmp_path / "m.safetensors")
+    small_training(tmp_path / "n.safetensors", weights=tmp_path / "m.safetensors", decoder_steps=4,
+                   unet_steps=0)
+    m, n = (LatentDiffusion.load(tmp_path / f"{x}.safetensors", "cpu") for x in "mn")
+    changed = {k for k, v in m.state_dict().items() if not torch.equal(v, n.state_dict()[k])}
+    assert changed and all("vae.decoder." in k or "vae.post_quant_conv." in k for k in changed)
+    assert m.config.scale_factor == n.config.scale_factor
+
+
 # --------------------------------------------------------------------------------------------------
 # The built-in model, and the command
 

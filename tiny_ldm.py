@@ -1898,7 +1898,9 @@ class Trainer:
             steps: int, batch: int, ema_decay: float, sample: Callable[[], Image.Image]) -> None:
         """The loop of both stages: trains the parameters whose names begin with `prefix`, then puts
         their moving averages in their place."""
-        params = {n: p for n, p in self.ldm.named_parameters() if n.startswith(prefix)}
+        for n, p in self.ldm.named_parameters():
+            p.requires_grad_(n.startswith(prefix))
+        params = {n: p for n, p in self.ldm.named_parameters() if p.requires_grad}
         ema = {n: p.detach().clone() for n, p in params.items()}
         optimizer, start, before, mean_loss = Optimizer(params, self.dtype), 0, 0.0, None
         if self.checkpoint and self.checkpoint["stage"] == stage:
@@ -1958,9 +1960,13 @@ class Trainer:
         for n, p in params.items():
             p.copy_(own[n])
 
-    def train_vae(self, steps: int, batch: int) -> None:
+    def train_vae(self, stage: str, steps: int, batch: int) -> None:
         """Stage 1, on windows of half the side, which cost a quarter; at the end on whole pictures,
-        a quarter as many. Then measures the latents' scale."""
+        a quarter as many. Then measures the latents' scale.
+
+        First "vae", all of it. Then "decoder", that part alone: it goes on learning to draw, from
+        latents that stay what they are, so a U-Net that knows them stays right.
+        """
         vae, c = self.ldm.vae, self.ldm.config
 
         def loss_of(step: int) -> Tensor:
@@ -1978,7 +1984,10 @@ class Trainer:
             images = self.images(0, 8 * self.world)[0]
             return grid(to_pil(images) + to_pil(vae.decode(vae.encode(images)[0])), 8)
 
-        self.fit("vae", "vae.", loss_of, steps, batch, 0.998, sample)
+        part = "vae." if stage == "vae" else ("vae.decoder.", "vae.post_quant_conv.")
+        self.fit(stage, part, loss_of, steps, batch, 0.998, sample)
+        if stage == "decoder":
+            return
         with torch.no_grad():
             latents = torch.cat([vae.encode(self.images(i, 64)[0])[0] for i in range(16)])
             average(moments := [latents.mean(), (latents**2).mean()], self.world)
@@ -2058,17 +2067,18 @@ def read_checkpoint(path: Path, run: list[str]) -> dict | None:
 
 
 def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 4400,
-          unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 128, seed: int = 0,
+          decoder_steps: int = 0, unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 128, seed: int = 0,
           device: str = "auto", dtype: torch.dtype = torch.float32, save_minutes: float = 5.0,
           config: Config = SHAPES) -> None:
     """Trains on "shapes" or on a folder and writes the weights file `out`.
 
-    With `weights`, goes on from that model and leaves its VAE as it is. An interrupted run goes on
-    where out + ".checkpoint" stands. Raises InputError.
+    With `weights`, goes on from that model and leaves its latents as they are: only the decoder
+    of its VAE may go on, for `decoder_steps`. An interrupted run goes on where out + ".checkpoint"
+    stands. Raises InputError.
     """
     out, device, run = Path(out), pick_device(device), [source, str(weights or ""), str(seed)]
     for name, value, low in (("seed", seed, 0), ("vae_steps", vae_steps, 1),
-                             ("unet_steps", unet_steps, 1),
+                             ("decoder_steps", decoder_steps, 0), ("unet_steps", unet_steps, 0),
                              ("vae_batch", vae_batch, 1), ("unet_batch", unet_batch, 1)):
         if not low <= value <= 2**31:
             raise InputError(f"{name} must be from {low} to {2**31}, not {value}")
@@ -2102,14 +2112,18 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     if source != "shapes":
         (start.tokenizer if start else tokenizer).count_cut(data.captions())
     ldm = start or LatentDiffusion(config, tokenizer).to(device)
-    ldm.to(memory_format=torch.channels_last).requires_grad_(True)
+    ldm.to(memory_format=torch.channels_last)
     ldm.config = config
     if checkpoint:
         ldm.load_state_dict(checkpoint["model"])
     trainer = Trainer(data, out, ldm, seed, save_minutes, dtype, run, checkpoint)
-    if not weights and not (checkpoint and checkpoint["stage"] == "unet"):
-        trainer.train_vae(vae_steps, vae_batch)
-    trainer.train_unet(unet_steps, unet_batch)
+    stage = checkpoint["stage"] if checkpoint else "decoder" if weights else "vae"
+    if stage == "vae":
+        trainer.train_vae("vae", vae_steps, vae_batch)
+    if stage != "unet" and decoder_steps:
+        trainer.train_vae("decoder", decoder_steps, vae_batch)
+    if unet_steps:
+        trainer.train_unet(unet_steps, unet_batch)
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -2154,7 +2168,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ("attention", str, None, "FILE", "also draw where the model looked for each word (.png)"),
         ("again", str, None, "FILE", "make the picture in this .png once more")), "training": (
         ("train", str, None, "shapes|FOLDER", "the Shapes world, or captioned pictures"),
-        ("vae-steps", int, 4400, "N", "of stage 1"), ("unet-steps", int, 20000, "N", "of stage 2"),
+        ("vae-steps", int, 4400, "N", "of stage 1"),
+        ("decoder-steps", int, 0, "N", "more of stage 1, for the decoder alone"),
+        ("unet-steps", int, 20000, "N", "of stage 2"),
         ("vae-batch", int, 64, "N", "pictures a step in stage 1"),
         ("unet-batch", int, 128, "N", "pictures a step in stage 2"),
         ("save-minutes", float, 5.0, "X", "between checkpoints"))}
@@ -2341,7 +2357,7 @@ def run(argv: list[str]) -> None:
     elif args.output is None:
         raise InputError("--train needs -o FILE.safetensors, where the model goes")
     else:
-        names = ("weights", "vae_steps", "unet_steps", "vae_batch", "unet_batch", "seed",
+        names = ("weights", "vae_steps", "decoder_steps", "unet_steps", "vae_batch", "unet_batch", "seed",
                  "device", "save_minutes")
         train(args.train, args.output, dtype=getattr(torch, args.dtype),
               **{name: getattr(args, name) for name in names})
