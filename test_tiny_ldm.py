@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -1071,6 +1072,59 @@ def test_command_counts_seeds_and_tells_what_it_does_not_know(tmp_path):
     image = Image.open(tmp_path / "x-6.png")
     assert image.size == (128, 64)
     assert image.text["parameters"].splitlines()[1] == "Negative prompt: a star"
+
+
+def test_prompts_are_shared_among_processes_and_each_picture_is_that_of_its_own_command(tmp_path):
+    """Two processes, as torchrun starts them."""
+    (tmp_path / "p.txt").write_text("a red circle\n\n  two blue stars\na white ring\n")
+    settings, out = ("--seed", 4, "--steps", 2), tmp_path / "out"
+    refused = run("--prompts", "p.txt", *settings, "-o", "out", cwd=tmp_path)
+    assert refused.returncode == 2 and "out does not exist" in refused.stderr
+    out.mkdir()
+    for rank, lines in enumerate((("0001-a-red-circle-4.png", "0004-a-white-ring-4.png"),
+                                  ("0003-two-blue-stars-4.png",))):
+        done = run("--prompts", "p.txt", *settings, "-o", "out", cwd=tmp_path, RANK=str(rank),
+                   WORLD_SIZE="2")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [str(Path("out") / line) for line in lines]
+    alone = run("two blue stars", *settings, "-o", "a.png", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert (tmp_path / "a.png").read_bytes() == (out / lines[0]).read_bytes()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("a circle", "--prompts", "p.txt", "-o", "."), "without a prompt"),
+    (("--prompts", "p.txt"), "needs -o FOLDER"),
+    (("--prompts", "p.txt", "-o", ".", "--film", "f.png"), "--film"),
+    (("--prompts", "missing.txt", "-o", "."), "missing.txt"),
+    (("--prompts", "empty.txt", "-o", "."), "holds no prompt")])
+def test_prompts_that_can_not_be_made_are_refused(arguments, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("a red circle")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    monkeypatch.chdir(tmp_path)
+    assert tiny_ldm.main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_compiled_networks_make_the_same_pictures():
+    """The smallest that have every part, since compiling takes long; within 1 level."""
+    ldm = tiny_model(vae=replace(TINY.vae, channel_mult=(1, 2)), image_size=16,
+                     unet=replace(TINY.unet, channel_mult=(1,), attention=(True,)))
+    settings = dict(steps=2, seed=3, progress=False)
+    plain, = ldm.generate("a circle", **settings)
+    ldm.compile_networks()
+    compiled, = ldm.generate("a circle", **settings)
+    difference = np.abs(np.asarray(plain, int) - np.asarray(compiled, int))
+    assert np.asarray(plain).std() > 1 and difference.max() <= 1
+
+
+def test_a_missing_compiler_is_one_line(tmp_path):
+    done = run("a red circle", "--compile", "-o", tmp_path / "a.png", CXX="no-such-compiler",
+               PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 2 and "can be compiled here" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "a.png").exists()
 
 
 def test_again_makes_the_same_file(tmp_path):
