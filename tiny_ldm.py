@@ -397,7 +397,7 @@ class Downsample(nn.Module):
     """Halves H and W: 3x3 convolution with stride 2.
 
     Careful, two paddings: the U-Net pads 1 on all sides, the VAE's encoder 1 at the right and the
-    bottom only. The wrong one shifts the picture by half a pixel at each level (CompVis
+    bottom only. The wrong one shifts everything by half a pixel of the smaller picture (CompVis
     model.py:66, openaimodel.py:143).
     """
 
@@ -1091,7 +1091,8 @@ SAMPLERS = {
 # the config and the tokenizer, so that the file is the whole model. Below the class stands what
 # meets the outside world: files, settings, devices. Whatever is wrong there is said in one line.
 
-BUILT_IN = Path(__file__).parent / "weights" / "shapes.safetensors"
+HERE = Path(globals().get("__file__", "")).parent     # cells in a notebook have no file
+BUILT_IN = HERE / "weights" / "shapes.safetensors"
 Prompt = str | list[str] | Tensor                    # one, several, or context [n, L, D]
 Picture = Image.Image | Tensor
 
@@ -2427,5 +2428,5 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = r
         return 130
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "ipykernel" not in sys.modules:      # no command in a notebook
     sys.exit(main())
