@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gzip
 import hashlib
 import json
@@ -154,6 +155,7 @@ class Entry(NamedTuple):
     conv: bool                    # two more dimensions in official files
 
 
+@functools.cache
 def name_map(c: Config) -> dict[str, Entry]:
     """Every tensor name of ours -> Entry."""
     with torch.device("meta"):
@@ -441,10 +443,13 @@ def find_sources(entries: dict[str, Entry], tensors: dict[str, Tensor], official
 
 def forget(t: Tensor) -> None:
     """Gives the memory behind a mapped tensor back to the kernel, so that only one is held at a
-    time. It stays readable: touched again, it is read again. Elsewhere than on Linux: nothing."""
+    time. It stays readable: touched again, it is read again. Elsewhere than on Linux: nothing.
+
+    Careful, t may be a view whose numbers take less room than it counts: what lies behind is not
+    its own."""
     start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if sys.platform == "linux" and length > 0:
+    if sys.platform == "linux" and length > 0 and t.is_contiguous():
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)  # DONTNEED
 
 
