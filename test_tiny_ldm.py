@@ -1916,10 +1916,10 @@ def weights_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
         yield case(name, as_safetensors(content, size))
     meta = header["__metadata__"]
     with_meta = lambda **m: as_safetensors({**header, "__metadata__": {**meta, **m}}, size)
-    for name, odd in odd_leaves(json.loads(meta["config"]), rng, 3):
+    for name, odd in odd_leaves(json.loads(meta["config"]), rng, 2):
         yield case(f"config {name}", with_meta(config=json.dumps(odd)), "--image",
                    whole / "p.png", *(["--width", 64] if len(name) % 2 else []))
-    for name, odd in [*odd_leaves(json.loads(meta["tokenizer"]), rng, 3), *odd_vocabularies(meta)]:
+    for name, odd in [*odd_leaves(json.loads(meta["tokenizer"]), rng, 1), *odd_vocabularies(meta)]:
         yield case(f"tokenizer {name}", with_meta(tokenizer=json.dumps(odd)))
     for key in ("config", "tokenizer", "format"):
         yield case(f"deep {key}", with_meta(**{key: DEEP.decode()}))
@@ -1982,6 +1982,14 @@ def zipped(entries: list[tuple[str, bytes]], compression: int = 0) -> bytes:
     return file.getvalue()
 
 
+def write_bomb(path: Path, entry: str) -> None:
+    """A small zip that becomes a gigabyte."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open(entry, "w") as file:
+            for _ in range(256):
+                file.write(bytes(2**22))
+
+
 def checkpoint_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
     case = lambda name, content, ending="ckpt": Case(
         f"{ending} {name}", {f"c.{ending}": content},
@@ -1990,7 +1998,8 @@ def checkpoint_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
     data = (whole / "sd.ckpt").read_bytes()
     with zipfile.ZipFile(whole / "sd.ckpt") as archive:
         entries = [(i.filename, archive.read(i)) for i in archive.infolist()]
-        ends = [i.header_offset for i in archive.infolist()] + [archive.start_dir, len(data) - 22]
+        ends = [i.header_offset for i in archive.infolist()][::200]
+        ends += [archive.start_dir, len(data) - 22]
     for name, content in [*damaged(data, ends, rng), *no_files(whole).items()]:
         yield case(name, content)
     for name, content in odd_pickles(torch.load(whole / "sd.ckpt")["state_dict"], whole / "ran"):
@@ -2001,10 +2010,8 @@ def checkpoint_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
     with_pickle = lambda b: [(n, b if n.endswith("data.pkl") else c) for n, c in entries]
     for name, content in (
             ("compressed", zipped(entries, zipfile.ZIP_DEFLATED)),
-            ("bomb", lambda p: p.write_bytes(zipped(
-                [*entries, (f"{root}/data/9", bytes(2**30))], zipfile.ZIP_DEFLATED))),
-            ("bomb for a pickle", lambda p: p.write_bytes(zipped(
-                with_pickle(bytes(2**30)), zipfile.ZIP_DEFLATED))),
+            ("bomb", functools.partial(write_bomb, entry=f"{root}/data/9")),
+            ("bomb for a pickle", functools.partial(write_bomb, entry=f"{root}/data.pkl")),
             ("path", zipped([*entries, ("../../ran", b"x"), ("/ran", b"x")])),
             ("twice", zipped([*entries, *with_pickle(b"cos\nsystem\n(S'touch ran'\ntR.")])),
             ("no data", zipped(entries[:1])), ("order", zipped(entries[::-1])),
@@ -2055,10 +2062,8 @@ def tokenizer_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
                               ("words", b"a b c\n"), ("bytes", b"\xff"), ("null", b"null")]:
             files = {**tables, name: content}
             yield case(f"{name} {what}", {f"t/{k}": v for k, v in files.items()}, "t")
-    for size in (2**20, 2**31):
-        bomb = gzip.compress(b"a b\n" * (size // 4), 1) if size < 2**30 else (
-            gzip.compress(bytes(2**26), 1) * 64)
-        yield case(f"gz bomb {size}", {"t.gz": bomb}, "t.gz")
+    for what in (b"a b\n", b"\0", b"\n"):
+        yield case(f"gz bomb {what}", {"t.gz": gzip.compress(what * 2**20, 1) * 1024}, "t.gz")
 
 
 def chunks_of(png: bytes) -> list[int]:
@@ -2104,7 +2109,7 @@ def picture_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
             "long": ihdr(1, 2**20) + pixels, "palette": ihdr(32, 32, b"\x08\x03\0\0\0") + pixels,
             "kind": ihdr(32, 32, b"\x07\x09\0\0\0") + pixels, "no pixels": ihdr(32, 32),
             "text bomb": ihdr(32, 32) + chunk(b"zTXt", b"parameters\0\0" + zlib.compress(
-                bytes(2**27))) + pixels, "no animation": ihdr(32, 32) + chunk(
+                bytes(2**22))) + pixels, "no animation": ihdr(32, 32) + chunk(
                 b"acTL", b"\0\0\0\x09\0\0\0\0") + pixels,
             **{f"text {s[:30]}": ihdr(32, 32) + chunk(b"tEXt", text + s) + pixels for s in (
                 b"64x64", b"9999999999x64", b"0x0", b"64x64, Weights: /dev/zero",
@@ -2145,8 +2150,8 @@ def resume_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
     case = lambda name, content: Case(name, {"m.safetensors.checkpoint": content}, argv)
     data = (whole / "m.safetensors.checkpoint").read_bytes()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        ends = [i.header_offset for i in archive.infolist()][::40] + [
-            archive.start_dir, len(data) - 22]
+        ends = [i.header_offset for i in archive.infolist()][::200]
+        ends += [archive.start_dir, len(data) - 22]
     for name, content in [*damaged(data, ends, rng), *no_files(whole).items()]:
         yield case(name, content)
     state = torch.load(whole / "m.safetensors.checkpoint")
@@ -2279,7 +2284,7 @@ def tried(case: Case, ran: Path) -> tuple[int, str]:
         os.chdir("/")
     # Progress, and what the user shall know beside, may come before the line that says the error.
     lines = [line for line in re.split("[\r\n]+", said)
-             if line and not re.search(r"(step|tensor)/s\]|s/(step|tensor)\]|^\S*\.png$", line)]
+             if line and not re.search(r"(step|tensor)/s|s/(step|tensor)|^\S*\.png$", line)]
     notes = [line for line in lines if line.startswith("tiny_ldm: ")]
     wrong = {
         f"exit code {code}": code not in (0, 2), "a traceback": "Traceback" in said,
@@ -2296,8 +2301,10 @@ def try_cases(folder: str, shard: int, shards: int, group: str = "") -> None:
     """Tries every shards-th case, or those of a group, and prints how each ended, as JSON."""
     os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     torch.set_num_threads(1)
+    tiny_ldm.keep_freed_memory = lambda: None          # to fork a small process is faster
     tiny_ldm.Trainer.pool_size, tiny_ldm.train.__kwdefaults__["config"] = 64, TINY
     whole, found = Path(folder), []
+    warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         make_whole_files(whole)       # which also wakes PyTorch up, before the processes part
     for name in [group] if group else CASES:

@@ -82,7 +82,9 @@ class InputError(ValueError):
 def blaming(what: str, cure: str) -> Iterator[None]:
     """Whatever goes wrong inside is the fault of a file from outside: raises InputError."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")       # one line is enough
+            yield
     except InputError:
         raise
     except Exception as e:
@@ -1809,9 +1811,7 @@ def read_text(path: Path) -> str:
 def open_image(path: str | Path) -> Image.Image:
     """A picture file as RGB, turned as its EXIF orientation says. Raises InputError. Not all
     formats that Pillow knows: for some it runs other programs."""
-    with (blaming(f"{path} can't be read as a picture", "replace or remove it"),
-          warnings.catch_warnings()):
-        warnings.simplefilter("ignore")       # damaged EXIF data is no concern here
+    with blaming(f"{path} can't be read as a picture", "replace or remove it"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(regular(path), formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")) as i:
             return to_rgb(i)

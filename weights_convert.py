@@ -221,8 +221,11 @@ def recognised(path: Path) -> str | None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file. Raises InputError."""
-    with blaming(f"{path} can't be opened", "check the path"), open(regular(path), "rb") as file:
-        head = file.read(512)
+    try:
+        with open(regular(path), "rb") as file:
+            head = file.read(512)
+    except OSError as e:
+        raise InputError(f"{path} can't be opened ({e.strerror or e}); check the path") from None
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a git-LFS pointer, not the file; fetch it: git lfs pull")
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
@@ -265,7 +268,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(stand_ins):
             found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         found = found.get("state_dict", found)
-        return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+        return {str(name): t for name, t in found.items() if isinstance(t, Tensor)}
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
