@@ -2417,6 +2417,14 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = r
         return 130
 
 
-if __name__ == "__main__":
+def console(command: Callable[[list[str]], None] = run) -> None:
+    """main as a program: where stdout or stderr are closed or know few letters, too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os._exit(main())      # at once: a closed stdout, or Ctrl-C just now, would still make a noise
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")
+    os._exit(main(None, command))      # at once: to end in good order, Python would write again
+
+
+if __name__ == "__main__":
+    console()
