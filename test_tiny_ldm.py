@@ -8,12 +8,15 @@
     python test_tiny_ldm.py 1 --ways FILE.png           a picture for each way to walk
     python test_tiny_ldm.py --golden        the reference implementations' numbers in GOLDEN
 """
+import concurrent.futures
 import contextlib
 import copy
 import functools
+import glob
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -737,6 +740,14 @@ def test_pictures_of_any_kind_are_read(tmp_path):
                          (gradient(32, 32).convert("P"), gradient(32, 32).convert("P"))):
         image.save(tmp_path / "x.png")
         assert tiny_ldm.open_image(tmp_path / "x.png").tobytes() == meant.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("top", [1, 255])
+def test_pictures_of_floats_are_read(top, tmp_path):
+    grey = gradient(32, 32).convert("L")
+    Image.fromarray(np.asarray(grey, dtype=np.float32) * (top / 255)).save(tmp_path / "x.tiff")
+    read = np.asarray(tiny_ldm.open_image(tmp_path / "x.tiff")).astype(int)
+    assert np.abs(read - np.asarray(grey.convert("RGB"))).max() <= 1
 
 
 def test_masks_of_any_kind_and_size_are_fitted(capsys):
@@ -1827,6 +1838,7 @@ class Case(NamedTuple):
     files: dict[str, bytes | Callable[[Path], object]]
     argv: list
     program: types.ModuleType = tiny_ldm
+    room: int | None = None          # bytes that a file may have: a disk that is full
 
 
 ODD = [None, True, -1, 0, 0.5, 10**30, -1e308, math.nan, "x", "", [], {}, [[-1]], "\ud800\n"]
@@ -2173,8 +2185,8 @@ def resume_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
 
 
 WORDS = ["", " ", "x", "nan", "inf", "-1", "0", "1e400", "1" * 30, "1" * 5000, "\u0663", "/", "..",
-         "\n\x1b[2J", "/dev/null", "/dev/full/x.png", "/proc/x.png", "/proc/x.safetensors", "a\udcff",
-         "x" * 300 + ".png", "\u65e5.png", "--steps", "m.safetensors", "2.5", "cpu", "--"]
+         "\n\x1b[2J", "/dev/null", "/dev/full/x.png", "/proc/x.png", "/proc/x.safetensors", "--",
+         "a\udcff", "x" * 300 + ".png", "\u65e5.png", "--steps", "m.safetensors", "2.5", "cpu"]
 
 
 def call_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
@@ -2206,17 +2218,35 @@ def call_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
                                                 *["--attention", "y.png"] * (len(prompt) > 50)])
 
 
+def full_disk_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
+    make = ["a red circle", "--weights", whole / "tiny.safetensors", "--steps", 9, "-o", "x.png"]
+    for more in (["--width", 256], ["--film", "f.png"], ["--film", "f.gif"],
+                 ["--attention", "a.png"]):
+        yield Case(f"picture {more}", {}, [*make, *more], room=2**12)
+    for to in ("tiny_ldm", "official"):
+        source = whole / ("sd.ckpt" if to == "tiny_ldm" else "o.safetensors")
+        yield Case(to, {}, [source, "--to", to, "-o", "o", "--tokenizer", whole / "tokenizer.json"],
+                   weights_convert, 2**16)
+    yield Case("training", {}, ["--train", whole / "f", "-o", "m.safetensors", "--vae-steps", 1,
+                                "--vae-batch", 1], room=2**16)
+
+
 CASES = {"weights": weights_cases, "checkpoints": checkpoint_cases, "folders": folder_cases,
          "tokenizers": tokenizer_cases, "pictures": picture_cases, "training": training_cases,
-         "resumed": resume_cases, "calls": call_cases}
+         "resumed": resume_cases, "calls": call_cases, "full disk": full_disk_cases}
 
 
-def make_whole_files(whole: Path) -> None:
-    """A small file of each kind that is as it should be."""
+def make_whole_pictures(whole: Path) -> None:
+    """A picture, and a folder to train on."""
     (whole / "f").mkdir()
     for name in ("p.png", "f/p.png"):
         gradient(32, 32).save(whole / name)
     (whole / "f" / "p.txt").write_text("a red circle")
+
+
+def make_whole_files(whole: Path) -> None:
+    """A small file of each kind that is as it should be."""
+    make_whole_pictures(whole)
     (whole / "tokenizer.json").write_text(small_tokenizer(77).backend.to_str())
     tiny_model().save(whole / "tiny.safetensors")
     # All zero, and views of one number: a whole checkpoint in 200 KB
@@ -2244,9 +2274,11 @@ def listing() -> dict[str, int]:
             for at, folders, files in os.walk(".") for name in folders + files}
 
 
-def forked(call: Callable[[], int], log, memory: int = 2**29, seconds: int = 60) -> int:
-    """Calls in a process of its own, with only so much more memory and time; its output goes to
-    a file. Returns the exit code, or minus the signal that ended it."""
+def forked(call: Callable[[], int], log, room: int | None = None, memory: int = 2**29,
+           seconds: int = 60) -> int:
+    """Calls in a process of its own, with only so much more memory and time, and files of only so
+    many bytes; its output goes to a file. Returns the exit code, or minus the signal that ended
+    it."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -2257,6 +2289,8 @@ def forked(call: Callable[[], int], log, memory: int = 2**29, seconds: int = 60)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds // 3, seconds // 3))
         signal.alarm(seconds)
+        if room is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
         code = call()
     except BaseException:
@@ -2275,7 +2309,7 @@ def tried(case: Case, ran: Path) -> tuple[int, str]:
             if content is not None:
                 content(Path(name)) if callable(content) else Path(name).write_bytes(content)
         before = listing()
-        code = forked(lambda: case.program.main([str(a) for a in case.argv]), log)
+        code = forked(lambda: case.program.main([str(a) for a in case.argv]), log, case.room)
         log.seek(0)
         said = log.read().decode("utf-8", "replace")
         # A picture is whole when its name is printed, whatever comes after.
@@ -2334,6 +2368,266 @@ def test_damaged_files_and_bad_calls_end_in_one_line(group, outcomes):
     print(f"{group}: {len(rows)} cases, {codes.count(2)} refused, {sum(r[4] for r in rows):.0f} s")
     assert [f"{name}: {wrong}" for _, name, _, wrong, _ in rows if wrong] == []
     assert codes.count(2) >= len(rows) / 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="closes and fills stdout as shells there do")
+@pytest.mark.parametrize("end, code, said", [
+    (">&-", 0, ""), ("2>&-", 0, ""), (">&- 2>&-", 0, ""), ("> /dev/full", 2, "No space left"),
+    ("| true", 2, "Broken pipe")])
+def test_a_closed_or_full_stdout_is_no_traceback(end, code, said, tmp_path):
+    call = f"set -o pipefail; '{sys.executable}' '{HERE}/tiny_ldm.py' a --steps 1 -o x.png {end}"
+    done = subprocess.run(["bash", "-c", call], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert Image.open(tmp_path / "x.png").size == (64, 64)        # made all the same
+
+
+def test_names_that_the_terminal_can_not_show(tmp_path):
+    done = run("a", "--steps", 1, "-o", "\u65e5.png", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "\\u65e5.png\n"), done.stderr
+    assert (tmp_path / "\u65e5.png").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what a process has loaded")
+@pytest.mark.parametrize("moment", range(8))
+def test_ctrl_c_at_any_moment(moment, tmp_path):
+    """From the first imports on, which take the longest; a picture takes no second."""
+    process = subprocess.Popen([sys.executable, HERE / "tiny_ldm.py", "a", "-n", "999", "--steps",
+                                "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)
+    while "/numpy/" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    time.sleep(random.Random(moment).uniform(0, 0.5 * moment))
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert "\n".join(re.findall("^tiny_ldm: .*", said, re.M)) in ("", "tiny_ldm: interrupted")
+    for file in tmp_path.iterdir():                    # those that are there are whole
+        assert Image.open(file).convert("RGB").size == (64, 64)
+
+
+def test_files_written_have_the_mode_that_the_umask_says(tiny, tmp_path):
+    (tmp_path / "plain").touch()
+    tiny.save(tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# --------------------------------------------------------------------------------------------------
+# Interrupted training
+
+def same_model(a: Path, b: Path) -> bool:
+    """To the bit. (The files may differ: safetensors writes the header in any order.)"""
+    a, b = (LatentDiffusion.load(file, "cpu") for file in (a, b))
+    return a.config == b.config and all(torch.equal(t, b.state_dict()[name])
+                                        for name, t in a.state_dict().items())
+
+
+TRAINING = dict(vae_steps=5, vae_batch=2, unet_steps=6, unet_batch=4, save_minutes=0)
+
+
+def kill_training(folder: str) -> None:
+    """Trains without interruption; then twenty times until killed, and then to the end. Prints for
+    each kill how many half-written files it left (False: it came too late), and the exit code."""
+    torch.set_num_threads(1)
+    tiny_ldm.Trainer.pool_size, rng, left = 64, random.Random(0), []
+    os.chdir(folder)
+    log = open("log", "w")
+    train = lambda out: small_training(Path(out), "pictures", **TRAINING) or 0
+    assert forked(lambda: train("whole/m.safetensors"), log) == 0
+    for i in range(20):
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(log.fileno(), 2)
+            os._exit(train("killed/m.safetensors"))
+        time.sleep(rng.uniform(0, 0.7))
+        for _ in range(10_000):         # every second one dies while a checkpoint is written
+            if i % 2 and not glob.glob("killed/.m.safetensors.checkpoint.*"):
+                time.sleep(0.0005)
+        os.kill(pid, signal.SIGKILL)
+        left.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+                    and len(glob.glob("killed/.*.part")))
+    print(json.dumps([left, forked(lambda: train("killed/m.safetensors"), log)]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_training_killed_at_twenty_moments_equals_an_uninterrupted_one(tmp_path):
+    for name in ("pictures", "whole", "killed"):
+        (tmp_path / name).mkdir()
+    for i in range(3):
+        scene, picture = random_picture(i)
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(caption_of(scene))
+    call = "import sys, test_tiny_ldm as t; t.kill_training(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", call, tmp_path], cwd=HERE, text=True,
+                          stdout=subprocess.PIPE)
+    left, code = json.loads(done.stdout)
+    said = (tmp_path / "log").read_text()
+    assert code == 0 and sum(map(bool, left)) >= 8, (left, said)
+    assert "damaged" not in said
+    whole, killed = (sorted(p.name for p in (tmp_path / d).iterdir()) for d in ("whole", "killed"))
+    assert whole == killed and len(whole) == 4         # the model, its pictures, two checkpoints
+    a, b = (tmp_path / d / "m.safetensors" for d in ("whole", "killed"))
+    assert same_model(a, b)
+    assert a.with_suffix(".png").read_bytes() == b.with_suffix(".png").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, one_thread, capsys):
+    m = tmp_path / "m.safetensors"
+    last, before = tiny_ldm.checkpoint_paths(m)
+    settings = dict(vae_steps=2, unet_steps=3, unet_batch=4, save_minutes=0)
+    make_whole_pictures(tmp_path)
+    train = lambda **more: small_training(m, str(tmp_path / "f"), **{**settings, **more})
+    train()
+    wanted = shutil.copy(m, tmp_path / "wanted.safetensors")
+    whole = last.read_bytes()
+    at = len(whole) // 2
+    for content in (whole[:at], whole[:-1], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+                    b""):
+        last.write_bytes(content)
+        capsys.readouterr()
+        train()
+        said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+        assert len(said) == 1 and str(last) in said[0] and "the one before it" in said[0]
+        assert same_model(m, wanted)
+    last.unlink()
+    train()                                            # killed between two renames
+    assert same_model(m, wanted)
+    last.write_bytes(b""), before.write_bytes(b"")
+    with pytest.raises(InputError, match="before.checkpoint is damaged .*remove it to start anew"):
+        train()
+
+
+def test_a_run_goes_on_only_with_the_settings_it_began_with(tmp_path, one_thread):
+    make_whole_pictures(tmp_path)
+    settings = dict(vae_steps=1, unet_steps=1, vae_batch=2, unet_batch=2)
+    train = lambda **more: small_training(tmp_path / "m.safetensors", str(tmp_path / "f"),
+                                          **{**settings, **more})
+    train()
+    for odd, said in ((dict(vae_batch=4), "--vae-batch 2, not --vae-batch 4"), (dict(seed=1),
+                      "--seed 0, not --seed 1"), (dict(unet_batch=4), "--unet-batch 2, not"),
+                      (dict(dtype=torch.bfloat16), "--dtype torch.float32, not")):
+        with pytest.raises(InputError, match=f"m.safetensors.checkpoint is of another run.*{said}"):
+            train(**odd)
+    train(unet_steps=2)                                # more steps are no other run
+
+
+def test_a_loss_that_is_not_finite_ends_training(tmp_path):
+    ldm = tiny_model()
+    ldm.unet.conv_in.weight[:] = math.nan
+    ldm.save(tmp_path / "nan.safetensors")
+    make_whole_pictures(tmp_path)
+    with pytest.raises(InputError, match="the loss is nan at step 0"):
+        small_training(tmp_path / "m.safetensors", str(tmp_path / "f"),
+                       weights=tmp_path / "nan.safetensors")
+    assert not list(tmp_path.glob("m.*"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Same in, same out; and long use
+
+def test_same_in_same_out(tiny, built_in):
+    """To the byte from run to run and in any order within a batch. The size of a batch and the
+    number of threads change the order in which PyTorch adds, and it promises nothing there: at most
+    one level of 256 (here, none)."""
+    prompts = ["a red circle", "two blue stars", "a green heart", "a black ring"]
+    threads = torch.get_num_threads()
+    for ldm in (tiny, built_in):
+        side = ldm.config.image_size // ldm.config.latent_stride
+        z = torch.randn(4, 4, side, side, generator=torch.Generator().manual_seed(0))
+        pixels = lambda prompts, z: [np.asarray(image).astype(int) for image in ldm.generate(
+            prompts, latents=z, steps=5, progress=False)]
+        plain = pixels(prompts, z)
+        assert np.array_equal(pixels(prompts, z), plain)
+        order = [2, 0, 3, 1]
+        assert np.array_equal(pixels([prompts[i] for i in order], z[order]),
+                              [plain[i] for i in order])
+        alone = [pixels(prompts[i], z[i : i + 1])[0] for i in range(4)]
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            assert np.abs(np.array(pixels(prompts, z)) - plain).max() <= 1
+        torch.set_num_threads(threads)
+        assert np.abs(np.array(alone) - plain).max() <= 1
+
+
+def test_the_command_makes_the_same_file_in_every_run_and_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make = lambda *args: tiny_ldm.main(["a red circle", "--steps", "3", *args])
+    assert make("-n", "3", "--seed", "5", "-o", "x.png") == make("--seed", "6", "-o", "y.png") == 0
+    assert run("a red circle", "--steps", 3, "--seed", 6, "-o", "z.png").returncode == 0
+    wanted = Path("x-6.png").read_bytes()
+    assert Path("y.png").read_bytes() == Path("z.png").read_bytes() == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
+def test_five_hundred_pictures_take_no_more_memory_than_one(tiny):
+    resident = lambda: (int(Path("/proc/self/statm").read_text().split()[1])
+                        * os.sysconf("SC_PAGESIZE"))
+    image, mask, used = gradient(32, 32), Image.new("L", (32, 32), 255), []
+    for i in range(500):
+        more = dict(image=image, mask=mask) if i % 2 else {}
+        with tiny.attention() if i % 3 == 0 else contextlib.nullcontext():
+            tiny.generate(f"{i} stars", seed=i, steps=2, progress=False, **more,
+                          sampler=list(tiny_ldm.SAMPLERS)[i % 8])
+        used.append(resident())
+    assert max(used[400:]) - max(used[:100]) < 4e6, used[::50]
+
+
+def test_two_processes_at_once_write_whole_files_into_one_folder(tmp_path):
+    calls = [subprocess.Popen([sys.executable, HERE / "tiny_ldm.py", "a red circle", "-n", "9",
+                               "--steps", "2", "-o", "x.png", "--film", "f.png"], cwd=tmp_path,
+                              stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+             for _ in range(2)]
+    assert [call.wait() for call in calls] == [0, 0]
+    names = ["f.png", *(f"x-{i}.png" for i in range(9))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert {Image.open(tmp_path / name).convert("RGB").height for name in names} == {64, 576}
+
+
+def test_threads_save_into_one_folder_and_generate_with_one_model(tiny, tmp_path):
+    make = lambda i: tiny.generate("a red circle", seed=i, steps=3, progress=False)[0].tobytes()
+    alone = [make(i) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(make, range(8))) == alone
+        list(pool.map(lambda i: tiny.save(tmp_path / f"{i % 4}.safetensors"), range(40)))
+    files = sorted(tmp_path.iterdir())
+    assert [f.name for f in files] == [f"{i}.safetensors" for i in range(4)]
+    assert all(same_model(f, files[0]) for f in files)
+
+
+def test_imported_twice_under_two_names(tiny, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("again", HERE / "tiny_ldm.py")
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "again", again)
+    spec.loader.exec_module(again)
+    tiny.save(tmp_path / "m.safetensors")
+    ours, theirs = (module.LatentDiffusion.load(tmp_path / "m.safetensors", "cpu").generate(
+        "a", steps=2, progress=False)[0] for module in (tiny_ldm, again))
+    assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interrupted_cell_leaves_nothing_behind(tiny, step):
+    """Ctrl-C in a notebook raises KeyboardInterrupt wherever the kernel is; then one goes on."""
+    settings = dict(steps=4, progress=False, sampler="euler_a")
+    wanted = tiny.generate("a red circle", **settings)[0].tobytes()
+    calls = []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    block = tiny.unet.mid1
+    for watched in (tiny.attention, contextlib.nullcontext):
+        calls.clear()
+        handle = block.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), watched():
+            tiny.generate("a red circle", **settings)
+        handle.remove()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.unet.modules())
+        assert tiny.generate("a red circle", **settings)[0].tobytes() == wanted
+        assert torch.is_grad_enabled()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2092,7 +2092,9 @@ def read_checkpoint(out: Path, run: list[str]) -> dict | None:
         except InputError as e:
             if path == paths[-1]:
                 raise
-            print(f"tiny_ldm: {e}; going on from the one before it", file=sys.stderr)
+            print(f"tiny_ldm: {str(e).rpartition(';')[0]}; going on from the one before it",
+                  file=sys.stderr)
+            path.unlink(missing_ok=True)      # or it would be kept in the place of that one
             continue
         if other:
             raise InputError(f"{path} is of another run, with {'; '.join(other)}: remove it, or "
@@ -2142,6 +2144,9 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
         raise InputError(f"{weights} is an inpainting model, which can't be trained here")
     size = config.image_size
     data = ShapesData(size, seed) if source == "shapes" else FolderData(Path(source), size, seed)
+    for path in out.parent.iterdir():       # what a killed run left half-written
+        if path.name.startswith(f".{out.name[:40]}.") and path.suffix == ".part":
+            path.unlink(missing_ok=True)
     if checkpoint:
         config, tokenizer = checkpoint["parts"]
     elif start is None:
