@@ -25,6 +25,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -368,6 +369,14 @@ def test_norm_epsilons_and_padding_are_the_originals():
     assert {m.eps for m in text.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
     assert {m.pad for m in unet.modules() if isinstance(m, tiny_ldm.Downsample)} == {(1, 1, 1, 1)}
     assert {m.pad for m in vae.modules() if isinstance(m, tiny_ldm.Downsample)} == {(0, 1, 0, 1)}
+
+
+def test_large_pictures_are_decoded_in_bands_to_the_same_values(tiny, monkeypatch):
+    z = torch.randn(2, 4, 12, 20, generator=torch.Generator().manual_seed(0))
+    whole = tiny.vae.decode(z)
+    monkeypatch.setattr(tiny_ldm, "BAND", 8 * 20)          # as if that were large
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.vae.decode(z), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_group_norm_by_its_definition():
@@ -967,6 +976,61 @@ def test_interrupted_training_equals_an_uninterrupted_one(tmp_path, monkeypatch,
     assert not list(tmp_path.glob("*.part"))
 
 
+SHARED_TRAINING = """
+import os, pathlib, sys, torch
+import test_tiny_ldm, tiny_ldm
+torch.set_num_threads(1)
+real = tiny_ldm.Trainer.save
+def save_then_die(self, params, ema, sample, state):
+    real(self, params, ema, sample, state)
+    if (state["stage"], state["step"]) == ("unet", 2):
+        os._exit(9)                                        # as by kill -9: nothing is tidied up
+if sys.argv[2] == "dies":
+    tiny_ldm.Trainer.save = save_then_die
+try:
+    test_tiny_ldm.small_training(pathlib.Path(sys.argv[1]), vae_batch=8, save_minutes=0)
+except tiny_ldm.InputError as e:
+    sys.exit(f"tiny_ldm: {e}")
+"""
+
+
+def trained_by(processes: int, out: Path, how: str = "lives") -> list[str]:
+    """Trains in so many processes, as torchrun starts them; returns what each wrote to stderr, less
+    the progress bar."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [subprocess.Popen(
+        [sys.executable, "-c", SHARED_TRAINING, out, how], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE), "RANK": str(rank), "LOCAL_RANK": str(rank),
+             "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        for rank in range(processes)]
+    return [p.communicate(timeout=120)[1].rpartition("\r")[2] for p in started]
+
+
+def test_two_processes_train_as_one_does_and_either_goes_on_from_the_other(tmp_path):
+    trained_by(1, tmp_path / "one.safetensors")
+    trained_by(2, tmp_path / "two.safetensors")
+    said = trained_by(2, tmp_path / "both.safetensors", "dies")
+    assert said[1].count("\n") == 1 and "another process of this training has ended" in said[1]
+    trained_by(1, tmp_path / "both.safetensors")
+    one, two, both = (torch.load(tmp_path / f"{name}.safetensors.checkpoint")
+                      for name in ("one", "two", "both"))
+    for other in (two, both):
+        assert other["step"] == 4 and other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        for name, weights in one["ema"].items():
+            torch.testing.assert_close(other["ema"][name], weights, atol=1e-3, rtol=0)
+
+
+def test_torchrun_shares_a_training_and_a_batch_that_can_t_be_shared_is_refused(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", HERE / "tiny_ldm.py", "--train", "shapes", "-o"]
+    ended = subprocess.run([*torchrun, tmp_path / "m.safetensors", "--unet-batch", "15"],
+                           capture_output=True, text=True)
+    assert "batches of 64 and 15 pictures can't be shared evenly among 2 proc" in ended.stderr
+    assert ended.returncode != 0 and not list(tmp_path.iterdir())
+
+
 def test_training_on_a_folder_then_from_its_weights(tmp_path):
     for i, suffix in enumerate(("png", "jpg", "webp")):
         scene, picture = random_picture(i)
@@ -979,6 +1043,16 @@ def test_training_on_a_folder_then_from_its_weights(tmp_path):
     same = {k: torch.equal(v, n.state_dict()[k]) for k, v in m.state_dict().items()}
     assert all(same[k] for k in same if k.startswith("vae.")) and not all(same.values())
     assert m.config.scale_factor == n.config.scale_factor != 1.0
+
+
+def test_the_decoder_alone_goes_on_from_latents_that_stay(tmp_path):
+    small_training(tmp_path / "m.safetensors")
+    small_training(tmp_path / "n.safetensors", weights=tmp_path / "m.safetensors", decoder_steps=4,
+                   unet_steps=0)
+    m, n = (LatentDiffusion.load(tmp_path / f"{x}.safetensors", "cpu") for x in "mn")
+    changed = {k for k, v in m.state_dict().items() if not torch.equal(v, n.state_dict()[k])}
+    assert changed and all("vae.decoder." in k or "vae.post_quant_conv." in k for k in changed)
+    assert m.config.scale_factor == n.config.scale_factor
 
 
 # --------------------------------------------------------------------------------------------------

@@ -301,6 +301,43 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
+BAND = 256 * 256             # pixels; from four times as many on, pictures are taken in bands
+
+
+def in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1) -> Tensor:
+    """layer(x), [B, C, H, W] -> [B, C', scale·H, scale·W], where layer looks one row up and down.
+
+    Large pictures go through in bands of rows, each with a row more above and below, whose results
+    are dropped: the same values, but what the layer holds on the way stays small.
+    """
+    h, w = x.shape[2:]
+    out, rows = None, max(1, BAND // w)
+    for y in range(0, h, rows):
+        top, end = max(0, y - 1), min(h, y + rows)
+        band = layer(x[:, :, top : end + 1])[:, :, scale * (y - top) : scale * (end - top)]
+        if out is None:
+            out = band.new_empty((*band.shape[:2], scale * h, scale * w))
+        out[:, :, scale * y : scale * end] = band
+    return out
+
+
+def is_large(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] >= 4 * BAND and not torch.is_grad_enabled()
+
+
+def norm_silu_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))); of a large x in bands, with the norm that the whole has."""
+    if not is_large(x):
+        return conv(F.silu(norm(x)))
+    groups = x.unflatten(1, (norm.num_groups, -1))                          # [B, G, C/G, H, W]
+    moments = [torch.var_mean(g.float(), (1, 2, 3), correction=0) for g in groups.unbind(1)]
+    var, mean = (torch.stack(m, 1).repeat_interleave(groups.shape[2], 1) for m in zip(*moments))
+    factor = norm.weight * (var + norm.eps).rsqrt()                         # [B, C]
+    shift = norm.bias - mean * factor
+    normed = lambda part: part * factor[..., None, None] + shift[..., None, None]
+    return in_bands(lambda part: conv(F.silu(normed(part)).to(x.dtype)), x)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + emb))): x [B, C, H, W] -> [B, C', H, W].
 
@@ -319,11 +356,11 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
         if self.emb is not None:
             # SiLU here too, after the one inside the time embedding
             h = h + self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = norm_silu_conv(self.norm2, self.conv2, h)
         return h + (x if self.skip is None else self.skip(x))
 
 
@@ -402,7 +439,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        layer = lambda part: self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest"))
+        return in_bands(layer, x, 2) if is_large(x) else layer(x)
 
 
 class Level(nn.Module):
@@ -469,7 +507,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return norm_silu_conv(self.norm_out, self.conv_out, self.mid(h))
 
 
 class Decoder(nn.Module):
@@ -493,7 +531,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in self.up:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return norm_silu_conv(self.norm_out, self.conv_out, h)
 
 
 class VAE(nn.Module):
@@ -829,7 +867,7 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
             if level.resample is not None:
                 h = level.resample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return norm_silu_conv(self.norm_out, self.conv_out, h)
 
 
 # %% 7. Samplers
@@ -1514,6 +1552,8 @@ def pick_device(name: str) -> torch.device:
     name = there[0] if name == "auto" else str(name)
     if name.split(":")[0] not in there:
         raise InputError(f"there is no device {name!r} here; there is: {', '.join(there)}")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:         # under torchrun: one for each process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
@@ -1754,7 +1794,8 @@ class ShapesData:
 # encoder on the VAE's latents. Everything random in step n (which pictures, which noise) is drawn
 # from a generator seeded with n, so that a run that was interrupted goes on exactly as if it had
 # not been. With `torchrun --nproc-per-node N`, N processes make a part of every batch each, and
-# exchange nothing but gradients.
+# exchange nothing but gradients. Each draws the random numbers of the whole batch and uses its
+# part, so that what is learned does not depend on N.
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -1890,7 +1931,11 @@ def average(tensors: list[Tensor], world: int) -> None:
     the whole."""
     if world > 1 and tensors:
         flat = torch.cat([t.flatten() for t in tensors])      # one large message beats many small
-        torch.distributed.all_reduce(flat)
+        try:
+            torch.distributed.all_reduce(flat)
+        except RuntimeError:
+            raise InputError("another process of this training has ended, so this one ends, too; "
+                             "the same command goes on from the last checkpoint") from None
         for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
 
@@ -1908,13 +1953,17 @@ class Trainer:
         self.pool: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def generator(self, step: int) -> torch.Generator:
-        """The source of all that is random in a step of this process."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step * self.world + self.rank)
+        """The source of all that is random in a step, the same in every process."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
-    def images(self, step: int, n: int) -> tuple[Tensor, list[str]]:
-        """This process's n pictures of a step, [n, 3, H, W], and their captions."""
-        first = (step * self.world + self.rank) * n
-        pictures, captions = zip(*(self.data.item(i) for i in range(first, first + n)))
+    def mine(self, batch: int) -> slice:
+        """Which rows of a batch are this process's."""
+        return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
+
+    def images(self, step: int, batch: int) -> tuple[Tensor, list[str]]:
+        """This process's pictures of a step, [its part of B, 3, H, W], and their captions."""
+        numbers = range(step * batch, (step + 1) * batch)[self.mine(batch)]
+        pictures, captions = zip(*(self.data.item(i) for i in numbers))
         images = to_tensor(list(pictures)).to(self.ldm.device)
         return images.contiguous(memory_format=torch.channels_last), list(captions)
 
@@ -1922,7 +1971,9 @@ class Trainer:
             steps: int, batch: int, ema_decay: float, sample: Callable[[], Image.Image]) -> None:
         """The loop of both stages: trains the parameters whose names begin with `prefix`, then puts
         their moving averages in their place."""
-        params = {n: p for n, p in self.ldm.named_parameters() if n.startswith(prefix)}
+        for n, p in self.ldm.named_parameters():
+            p.requires_grad_(n.startswith(prefix))
+        params = {n: p for n, p in self.ldm.named_parameters() if p.requires_grad}
         ema = {n: p.detach().clone() for n, p in params.items()}
         optimizer, start, before, mean_loss = Optimizer(params, self.dtype), 0, 0.0, None
         if self.checkpoint and self.checkpoint["stage"] == stage:
@@ -1986,30 +2037,38 @@ class Trainer:
         for n, p in params.items():
             p.copy_(own[n])
 
-    def train_vae(self, steps: int, batch: int) -> None:
+    def train_vae(self, stage: str, steps: int, batch: int) -> None:
         """Stage 1, on windows of half the side, which cost a quarter; at the end on whole pictures,
-        a quarter as many. Then measures the latents' scale."""
+        a quarter as many. Then measures the latents' scale.
+
+        First "vae", all of it. Then "decoder", that part alone: it goes on learning to draw, from
+        latents that stay what they are, so a U-Net that knows them stays right.
+        """
         vae, c = self.ldm.vae, self.ldm.config
 
         def loss_of(step: int) -> Tensor:
             whole, rng = step >= steps * 10 // 11, self.generator(step)
-            n = max(1, batch // self.world // (4 if whole else 1))
-            images = self.images(step, n)[0]
+            n = max(self.world, batch // 4) if whole else batch
+            images, half = self.images(step, n)[0], c.image_size // 2
             if not whole:
-                images = busiest_windows(images, c.image_size // 2, rng)
+                corners = torch.randint(c.image_size - half + 1, (n, 4, 2), generator=rng)
+                images = busiest_windows(images, half, corners[self.mine(n)].tolist())
             side = images.shape[-1] // c.latent_stride
             noise = torch.randn((n, c.vae.latent_channels, side, side), generator=rng)
-            return vae_loss(vae, images, noise.to(images), kl_weight=1e-4)
+            return vae_loss(vae, images, noise[self.mine(n)].to(images), kl_weight=1e-4)
 
         def sample() -> Image.Image:
-            images = self.images(0, 8)[0]
+            images = self.images(0, 8 * self.world)[0]
             return grid(to_pil(images) + to_pil(vae.decode(vae.encode(images)[0])), 8)
 
-        self.fit("vae", "vae.", loss_of, steps, batch, 0.998, sample)
+        part = "vae." if stage == "vae" else ("vae.decoder.", "vae.post_quant_conv.")
+        self.fit(stage, part, loss_of, steps, batch, 0.998, sample)
+        if stage == "decoder":
+            return
         with torch.no_grad():
             latents = torch.cat([vae.encode(self.images(i, 64)[0])[0] for i in range(16)])
-            average(std := [latents.std()], self.world)
-        self.ldm.config = replace(c, scale_factor=1 / std[0].item())
+            average(moments := [latents.mean(), (latents**2).mean()], self.world)
+        self.ldm.config = replace(c, scale_factor=(moments[1] - moments[0] ** 2).item() ** -0.5)
 
     @torch.no_grad()
     def encoded(self, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -2023,9 +2082,8 @@ class Trainer:
         """Stage 2, on a pool of encoded pictures that slides along the stream of pictures: in each
         step a few new ones push out the oldest, so that encoding costs little and yet no picture
         stays for long."""
-        c, n = self.ldm.config, max(1, batch // self.world)
-        size = max(1, n // 8)
-        groups = max(1, min(self.pool_size // self.world, len(self.data)) // size)
+        c, mine, size = self.ldm.config, self.mine(batch), max(self.world, batch // 8)
+        groups = max(1, min(self.pool_size, len(self.data)) // size)
         no_prompt, device = self.ldm.tokenizer([""]), self.ldm.device
 
         def loss_of(step: int) -> Tensor:
@@ -2033,19 +2091,22 @@ class Trainer:
                 if g not in self.pool:
                     self.pool[g] = self.encoded(g, size)
             self.pool.pop(step - 1, None)
+            # Each row of the batch takes from a random group, in which its place is its own.
             rng = self.generator(step)
-            picks = torch.randint(groups * size, (n,), generator=rng).tolist()
-            rows = [[part[i % size] for part in self.pool[step + i // size]] for i in picks]
+            picks = torch.randint(groups, (batch,), generator=rng)[mine].tolist()
+            rows = [[part[i * len(part) // len(picks)] for part in self.pool[step + g]]
+                    for i, g in enumerate(picks)]
             mean, logvar, ids = (torch.stack(part) for part in zip(*rows))
-            z_noise, eps = torch.randn((2, *mean.shape), generator=rng).to(device)
+            noise = torch.randn((2, batch, *mean.shape[1:]), generator=rng)
+            z_noise, eps = noise[:, mine].to(device)
             # Timesteps are spread over the batch, not drawn one by one: the same mean loss, with
             # less scatter. Large ones come more often (density √t): where there is much noise, the
             # layout of a picture is decided, which takes longest to learn.
-            t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n
-            t = (t ** (2 / 3) * c.schedule.num_timesteps).long()
+            t = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
+            t = (t[mine] ** (2 / 3) * c.schedule.num_timesteps).long()
             t = t.clamp(max=c.schedule.num_timesteps - 1)
             # A tenth learns what no prompt looks like, for guidance.
-            dropped = torch.rand(n, 1, generator=rng) < 0.1
+            dropped = torch.rand(batch, 1, generator=rng)[mine] < 0.1
             ids = torch.where(dropped.to(device), no_prompt.to(device), ids)
             x0 = c.scale_factor * sample_posterior(mean, logvar, z_noise)
             return diffusion_loss(self.ldm.unet, x0.contiguous(memory_format=torch.channels_last),
@@ -2057,13 +2118,12 @@ class Trainer:
         self.fit("unet", ("unet.", "text_encoder."), loss_of, steps, batch, 0.999, sample)
 
 
-def busiest_windows(images: Tensor, side: int, rng: torch.Generator) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, side, side]: of four windows at random the one with the most in it,
-    since little is learned from an empty background."""
+def busiest_windows(images: Tensor, side: int, corners: list) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, side, side]: of the windows with these (y, x) corners, [B, 4, 2], the
+    one with the most in it, since little is learned from an empty background."""
     windows = []
-    for image in images:
-        corners = torch.randint(image.shape[-1] - side + 1, (4, 2), generator=rng).tolist()
-        crops = [image[:, y : y + side, x : x + side] for y, x in corners]
+    for image, places in zip(images, corners):
+        crops = [image[:, y : y + side, x : x + side] for y, x in places]
         windows.append(max(crops, key=Tensor.std))
     return torch.stack(windows).contiguous(memory_format=torch.channels_last)
 
@@ -2085,7 +2145,7 @@ def read_checkpoint(out: Path, run: list[str]) -> dict | None:
                 found = torch.load(path, map_location="cpu", weights_only=True)
                 found["parts"] = parse_header(found)
                 kinds = [type(found[key]) for key in ("step", "seconds", "loss")]
-                if kinds != [int, float, float] or found["stage"] not in ("vae", "unet"):
+                if kinds != [int, float, float] or found["stage"] not in ("vae", "decoder", "unet"):
                     raise ValueError("it does not say where the run stood")
                 other = [f"{there}, not {here}" for there, here in zip(found["run"], run)
                          if there != here]
@@ -2104,25 +2164,21 @@ def read_checkpoint(out: Path, run: list[str]) -> dict | None:
 
 
 def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 4400,
-          unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 128, seed: int = 0,
+          decoder_steps: int = 0, unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 128, seed: int = 0,
           device: str = "auto", dtype: torch.dtype = torch.float32, save_minutes: float = 5.0,
           config: Config = SHAPES) -> None:
     """Trains on "shapes" or on a folder and writes the weights file `out`.
 
-    With `weights`, goes on from that model and leaves its VAE as it is. An interrupted run goes on
-    where out + ".checkpoint" stands. Raises InputError.
+    With `weights`, goes on from that model and leaves its latents as they are: only the decoder
+    of its VAE may go on, for `decoder_steps`. An interrupted run goes on where out + ".checkpoint"
+    stands. Raises InputError.
     """
-    out, device = Path(out), pick_device(device)
-    # What may not change when a run goes on
-    run = [f"--train {source}", f"--weights {weights}", f"--seed {seed}", f"--dtype {dtype}",
-           f"--vae-batch {vae_batch}", f"--unet-batch {unet_batch}",
-           f"--nproc-per-node {rank_and_world()[1]}"]
-    for name, value, low, high in (("seed", seed, 0, 2**31), ("vae_steps", vae_steps, 1, 2**31),
-                                   ("unet_steps", unet_steps, 1, 2**31),
-                                   ("vae_batch", vae_batch, 1, 2**14),
-                                   ("unet_batch", unet_batch, 1, 2**14)):
-        if not low <= value <= high:
-            raise InputError(f"{name} must be from {low} to {high}, not {value}")
+    out, device, run = Path(out), pick_device(device), [source, str(weights or ""), str(seed)]
+    for name, value, low in (("seed", seed, 0), ("vae_steps", vae_steps, 1),
+                             ("decoder_steps", decoder_steps, 0), ("unet_steps", unet_steps, 0),
+                             ("vae_batch", vae_batch, 1), ("unet_batch", unet_batch, 1)):
+        if not low <= value <= 2**31:
+            raise InputError(f"{name} must be from {low} to {2**31}, not {value}")
     if dtype == torch.float16:
         raise InputError("gradients are too small for float16; train in float32 or bfloat16")
     if out.suffix != ".safetensors":
@@ -2130,11 +2186,11 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist; make it first")
     keep_freed_memory()
-    distributed = rank_and_world()[1] > 1
-    if distributed:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    world = rank_and_world()[1]
+    if vae_batch % world or unet_batch % world:
+        raise InputError(f"batches of {vae_batch} and {unet_batch} pictures can't be shared evenly "
+                         f"among {world} processes; choose multiples of {world}")
+    if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
     checkpoint = read_checkpoint(out, run)
@@ -2156,16 +2212,20 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     if source != "shapes":
         (start.tokenizer if start else tokenizer).count_cut(data.captions())
     ldm = start or LatentDiffusion(config, tokenizer).to(device)
-    ldm.to(memory_format=torch.channels_last).requires_grad_(True)
+    ldm.to(memory_format=torch.channels_last)
     ldm.config = config
     if checkpoint:
         with blaming(f"the checkpoint of {out} is damaged", "remove it to start anew"):
             ldm.load_state_dict(checkpoint["model"])
     trainer = Trainer(data, out, ldm, seed, save_minutes, dtype, run, checkpoint)
-    if not start and not (checkpoint and checkpoint["stage"] == "unet"):
-        trainer.train_vae(vae_steps, vae_batch)
-    trainer.train_unet(unet_steps, unet_batch)
-    if distributed:
+    stage = checkpoint["stage"] if checkpoint else "decoder" if weights else "vae"
+    if stage == "vae":
+        trainer.train_vae("vae", vae_steps, vae_batch)
+    if stage != "unet" and decoder_steps:
+        trainer.train_vae("decoder", decoder_steps, vae_batch)
+    if unet_steps:
+        trainer.train_unet(unet_steps, unet_batch)
+    if world > 1:
         torch.distributed.destroy_process_group()
 
 
@@ -2209,7 +2269,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ("attention", str, None, "FILE", "also draw where the model looked for each word (.png)"),
         ("again", str, None, "FILE", "make the picture in this .png once more")), "training": (
         ("train", str, None, "shapes|FOLDER", "the Shapes world, or captioned pictures"),
-        ("vae-steps", int, 4400, "N", "of stage 1"), ("unet-steps", int, 20000, "N", "of stage 2"),
+        ("vae-steps", int, 4400, "N", "of stage 1"),
+        ("decoder-steps", int, 0, "N", "more of stage 1, for the decoder alone"),
+        ("unet-steps", int, 20000, "N", "of stage 2"),
         ("vae-batch", int, 64, "N", "pictures a step in stage 1"),
         ("unet-batch", int, 128, "N", "pictures a step in stage 2"),
         ("save-minutes", float, 5.0, "X", "between checkpoints"))}
@@ -2396,7 +2458,7 @@ def run(argv: list[str]) -> None:
     elif args.output is None:
         raise InputError("--train needs -o FILE.safetensors, where the model goes")
     else:
-        names = ("weights", "vae_steps", "unet_steps", "vae_batch", "unet_batch", "seed",
+        names = ("weights", "vae_steps", "decoder_steps", "unet_steps", "vae_batch", "unet_batch", "seed",
                  "device", "save_minutes")
         train(args.train, args.output, dtype=getattr(torch, args.dtype),
               **{name: getattr(args, name) for name in names})
