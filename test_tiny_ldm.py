@@ -751,14 +751,6 @@ def test_pictures_of_any_kind_are_read(tmp_path):
         assert tiny_ldm.open_image(tmp_path / "x.png").tobytes() == meant.convert("RGB").tobytes()
 
 
-@pytest.mark.parametrize("top", [1, 255])
-def test_pictures_of_floats_are_read(top, tmp_path):
-    grey = gradient(32, 32).convert("L")
-    Image.fromarray(np.asarray(grey, dtype=np.float32) * (top / 255)).save(tmp_path / "x.tiff")
-    read = np.asarray(tiny_ldm.open_image(tmp_path / "x.tiff")).astype(int)
-    assert np.abs(read - np.asarray(grey.convert("RGB"))).max() <= 1
-
-
 def test_masks_of_any_kind_and_size_are_fitted(capsys):
     image, mask = gradient(128, 64), Image.new("RGB", (64, 64))
     mask.paste((0, 255, 0), (0, 0, 64, 16))                # the upper quarter, in green
@@ -2481,12 +2473,6 @@ def test_ctrl_c_at_any_moment(moment, tmp_path):
         assert Image.open(file).convert("RGB").size == (64, 64)
 
 
-def test_files_written_have_the_mode_that_the_umask_says(tiny, tmp_path):
-    (tmp_path / "plain").touch()
-    tiny.save(tmp_path / "m.safetensors")
-    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
 # --------------------------------------------------------------------------------------------------
 # Interrupted training
 
@@ -2570,20 +2556,6 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, on
     last.write_bytes(b""), before.write_bytes(b"")
     with pytest.raises(InputError, match="before.checkpoint is damaged .*remove it to start anew"):
         train()
-
-
-def test_a_run_goes_on_only_with_the_settings_it_began_with(tmp_path, one_thread):
-    make_whole_pictures(tmp_path)
-    settings = dict(vae_steps=1, unet_steps=1, vae_batch=2, unet_batch=2)
-    train = lambda **more: small_training(tmp_path / "m.safetensors", str(tmp_path / "f"),
-                                          **{**settings, **more})
-    train()
-    for odd, said in ((dict(vae_batch=4), "--vae-batch 2, not --vae-batch 4"), (dict(seed=1),
-                      "--seed 0, not --seed 1"), (dict(unet_batch=4), "--unet-batch 2, not"),
-                      (dict(dtype=torch.bfloat16), "--dtype torch.float32, not")):
-        with pytest.raises(InputError, match=f"m.safetensors.checkpoint is of another run.*{said}"):
-            train(**odd)
-    train(unet_steps=2)                                # more steps are no other run
 
 
 def test_a_loss_that_is_not_finite_ends_training(tmp_path):
