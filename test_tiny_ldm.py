@@ -2094,7 +2094,7 @@ def checkpoint_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
             ("twice", zipped([*entries, *with_pickle(b"cos\nsystem\n(S'touch ran'\ntR.")])),
             ("no data", zipped(entries[:1])), ("order", zipped(entries[::-1])),
             *((f"pickle {code[:12]}", zipped(with_pickle(code))) for code in (
-                b"", b".", b"N.", b"\x80\x02}q\x00.", b"(" * 10**6, b"]" * 10**6 + b".",
+                b"", b".", b"N.", b"\x80\x02}q\x00.", b"(" * 10**5, b"]" * 10**5 + b".",
                 b"\x80\x02" + b"(l" * 10**5 + b".", b"cbuiltins\nbytearray\n(I1099511627776\ntR.",
                 b"cos\nsystem\n(S'touch ran'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.",
                 b"ctorch.hub\nload\n(S'x'\ntR.", b"cnumpy\nx\n)R.", b"c__main__\nx\n.",
@@ -2265,7 +2265,7 @@ def call_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
         for base in (make, train) if name in ("output", "weights", "seed", "dtype", "device") else (
                 (train,) if name in ("train", "vae_steps", "unet_steps", "vae_batch", "unet_batch",
                                      "save_minutes") else (make,)):
-            for word in [*rng.sample(WORDS, 12), None]:
+            for word in [*rng.sample(WORDS, 6), None]:
                 given = [flag] if word is None else [flag, word]
                 yield Case(" ".join(map(str, [base[0], *given]))[:60], {}, [*base, *given])
     for flag in ("--output", "--dtype", "--tokenizer", "--to"):
@@ -2278,7 +2278,7 @@ def call_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
         yield Case(f"convert {word}"[:60], {}, [word], weights_convert)
     for prompt in ("\x00", "\x1b[2J", "\u202e\u2066", "\ud800", "\U0001d49c" * 70, "\u65e5" * 70,
                    "a\u0301" * 100, "\ufeff", "\n", "-", "--", "/../x", "{", "%s%n", "a" * 2**20,
-                   "red " * 2**18, "\U0001f680" * 2**18, "," * 2**20, "<|endoftext|>" * 99):
+                   "red " * 2**18, "<|endoftext|>" * 99):
         yield Case(f"prompt {prompt[:20]!r}", {}, [prompt, *make[1:-2]])
         yield Case(f"not {prompt[:20]!r}", {}, [*make, f"--negative-prompt={prompt}",
                                                 *["--attention", "y.png"] * (len(prompt) > 50)])
@@ -2418,10 +2418,13 @@ def try_cases(folder: str, shard: int, shards: int, group: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """How every case ended, by two processes that share the work: forking is safe only where no
-    other threads are."""
-    call = "import sys, test_tiny_ldm as t; t.try_cases(sys.argv[1], int(sys.argv[2]), 2)"
-    runs = [subprocess.Popen([sys.executable, "-c", call, tmp_path_factory.mktemp("whole"), str(i)],
+    """How the cases ended, by two processes that share the work: forking is safe only where no
+    other threads are. Two of five, which are more than 500 damaged files and 100 calls; with
+    TINY_LDM_ALL_CASES=1 in the environment all of them."""
+    shards = 2 if "TINY_LDM_ALL_CASES" in os.environ else 5
+    call = "import sys, test_tiny_ldm as t; t.try_cases(sys.argv[1], *map(int, sys.argv[2:]))"
+    runs = [subprocess.Popen([sys.executable, "-c", call, tmp_path_factory.mktemp("whole"), str(i),
+                              str(shards)],
                              cwd=HERE, stdout=subprocess.PIPE, text=True) for i in range(2)]
     return [row for run in runs for row in json.loads(run.communicate()[0])]
 
@@ -2434,12 +2437,13 @@ def test_damaged_files_and_bad_calls_end_in_one_line(group, outcomes):
     print(f"{group}: {len(rows)} cases, {codes.count(2)} refused, {sum(r[4] for r in rows):.0f} s")
     assert [f"{name}: {wrong}" for _, name, _, wrong, _ in rows if wrong] == []
     assert codes.count(2) >= len(rows) / 4
+    if group == "calls":
+        assert len(outcomes) - len(rows) >= 500
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="closes and fills stdout as shells there do")
 @pytest.mark.parametrize("end, code, said", [
-    (">&-", 0, ""), ("2>&-", 0, ""), (">&- 2>&-", 0, ""), ("> /dev/full", 2, "No space left"),
-    ("| true", 2, "Broken pipe")])
+    (">&- 2>&-", 0, ""), ("> /dev/full", 2, "No space left"), ("| true", 2, "Broken pipe")])
 def test_a_closed_or_full_stdout_is_no_traceback(end, code, said, tmp_path):
     call = f"set -o pipefail; '{sys.executable}' '{HERE}/tiny_ldm.py' a --steps 1 -o x.png {end}"
     done = subprocess.run(["bash", "-c", call], cwd=tmp_path, capture_output=True, text=True,
@@ -2456,7 +2460,7 @@ def test_names_that_the_terminal_can_not_show(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at what a process has loaded")
-@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("moment", range(6))
 def test_ctrl_c_at_any_moment(moment, tmp_path):
     """From the first imports on, which take the longest; a picture takes no second."""
     process = subprocess.Popen([sys.executable, HERE / "tiny_ldm.py", "a", "-n", "999", "--steps",
@@ -2483,7 +2487,7 @@ def same_model(a: Path, b: Path) -> bool:
                                         for name, t in a.state_dict().items())
 
 
-TRAINING = dict(vae_steps=8, vae_batch=2, unet_steps=10, unet_batch=4, save_minutes=0)
+TRAINING = dict(vae_steps=6, vae_batch=2, unet_steps=6, unet_batch=4, save_minutes=0)
 
 
 def kill_training(folder: str) -> None:
@@ -2557,7 +2561,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, on
         assert len(said) == 1 and str(last) in said[0] and "the one before it" in said[0]
         assert same_model(m, wanted)
     last.unlink()
-    train()                                            # killed between two renames
+    train()                                            # killed while it wrote the last one
     assert same_model(m, wanted)
     last.write_bytes(b""), before.write_bytes(b"")
     with pytest.raises(InputError, match="before.checkpoint is damaged .*remove it to start anew"):
@@ -2626,14 +2630,14 @@ def test_five_hundred_pictures_take_no_more_memory_than_one(tiny):
 
 
 def test_two_processes_at_once_write_whole_files_into_one_folder(tmp_path):
-    calls = [subprocess.Popen([sys.executable, HERE / "tiny_ldm.py", "a red circle", "-n", "9",
+    calls = [subprocess.Popen([sys.executable, HERE / "tiny_ldm.py", "a red circle", "-n", "4",
                                "--steps", "2", "-o", "x.png", "--film", "f.png"], cwd=tmp_path,
                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
              for _ in range(2)]
     assert [call.wait() for call in calls] == [0, 0]
-    names = ["f.png", *(f"x-{i}.png" for i in range(9))]
+    names = ["f.png", *(f"x-{i}.png" for i in range(4))]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
-    assert {Image.open(tmp_path / name).convert("RGB").height for name in names} == {64, 576}
+    assert {Image.open(tmp_path / name).convert("RGB").height for name in names} == {64, 256}
 
 
 def test_threads_save_into_one_folder_and_generate_with_one_model(tiny, tmp_path):

@@ -50,7 +50,6 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
@@ -1562,8 +1561,8 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
-    # The thread's number, since others may be writing in this folder
-    beside = path.parent / f".{path.name[:40]}.{threading.get_native_id()}.part"
+    # At random, since other threads and processes may be writing in this folder
+    beside = path.parent / f".{path.name[:40]}.{os.urandom(4).hex()}.part"
     try:
         write(str(beside))
         os.replace(beside, path)
@@ -1807,8 +1806,10 @@ class FolderData:
         if not self.items:
             raise InputError(f"no captioned pictures in {folder}: it needs name.png with name.txt, "
                              "or a metadata.jsonl")
-        for path, _ in self.items:                # all at the start, not one by one hours later
+        for path, caption in self.items:          # all at the start, not one by one hours later
             open_image(path)
+            if len(caption) > 10_000:             # a tokenizer may need minutes for a megabyte
+                raise InputError(f"the caption of {path} has {len(caption)} letters; shorten it")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -2260,7 +2261,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         for name, kind, default, metavar, what in rows:
             add(f"--{name}", type=kind, default=default, metavar=metavar,
                 help=what if default in (None, "") else f"{what} (default: {default})")
-    return ap.parse_args(argv)
+    if [] in vars(args := ap.parse_args(argv)).values():       # Python < 3.13 makes it of --x=--
+        ap.error("-- is no value")
+    return args
 
 
 # The settings that make a picture: their names in its text chunk, and the arguments.
