@@ -48,11 +48,18 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import time
+import warnings
+import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
+
+AS_PROGRAM = __name__ == "__main__" and "ipykernel" not in sys.modules       # no notebook
+if AS_PROGRAM:       # Ctrl-C while PyTorch is being loaded ends without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import tokenizers
@@ -69,6 +76,20 @@ from tqdm import tqdm
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, with the value, and
     what to do."""
+
+
+@contextlib.contextmanager
+def blaming(what: str, cure: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the fault of a file from outside: raises InputError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")       # one line is enough
+            yield
+    except InputError:
+        raise
+    except Exception as e:
+        kind = "" if isinstance(e, OSError) else f"{type(e).__name__}: "
+        raise InputError(f"{what} ({kind}{shortened(str(e))}); {cure}") from None
 
 
 # %% 1. Config
@@ -611,7 +632,7 @@ class Tokenizer:
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that the vocabulary does not hold whole: for a small model, those
         it never met."""
-        words = re.findall(r"[^\W\d_]+", prompt)
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt))
         return [w for w in words if len(self.backend.encode(w, add_special_tokens=False).ids) > 1
                 or self.backend.encode(w, add_special_tokens=False).ids == [self.eos]]
 
@@ -659,9 +680,17 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokeni
     return backend
 
 
+def backend_from_json(text: str) -> tokenizers.Tokenizer:
+    """The tables of a tokenizer.json under CLIP's recipe. What rules the file has besides is not
+    heeded: those of a stranger could take forever."""
+    tables = json.loads(text)["model"]
+    merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in tables["merges"])
+    return clip_backend(tables["vocab"], [tuple(pair) for pair in merges])
+
+
 def shortened(text: str, width: int = 60) -> str:
-    """The beginning of a text, for a message of one line."""
-    text = " ".join(text.split())
+    """The beginning of a text, for a message of one line; what can't be seen is escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -1128,7 +1157,8 @@ class LatentDiffusion(nn.Module):
         device, dtype = pick_device(device), dtype or torch.float32
         keep_freed_memory()
         config, tokenizer, tensors = read_weights(path, device)
-        with torch.device("meta"):      # builds the networks without memory and random numbers
+        # Builds the networks without memory and random numbers
+        with blaming(f"{path} is damaged", "get it again"), torch.device("meta"):
             ldm = LatentDiffusion(config, tokenizer)
         want = {name: p.shape for name, p in ldm.named_parameters()}
         both = want.keys() & tensors.keys()
@@ -1400,15 +1430,12 @@ def read_weights(path: Path, device: torch.device) -> tuple[Config, Tokenizer, d
     if not path.is_file():
         raise InputError(f"no weights file at {path}; check the path, or leave it out for the "
                          "built-in model")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    with (blaming(f"{path} is damaged or no .safetensors file",
+                  "get it again, or convert a .ckpt with weights_convert.py"),
+          safe_open(path, framework="pt", device=str(device)) as file):
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         parts = parse_header(header) if header.get("format") == "tiny_ldm" else None
-    except Exception as e:     # the file comes from outside: whatever is wrong, it is damaged
-        raise InputError(f"{path} is damaged or no .safetensors file ({type(e).__name__}: "
-                         f"{shortened(str(e))}); get it again, or convert a .ckpt with "
-                         "weights_convert.py") from None
     if any(n.startswith(("model.diffusion_model.", "cond_stage_model.")) for n in tensors):
         raise InputError(f"{path} is an official checkpoint; convert it first: "
                          f"python weights_convert.py {path}")
@@ -1422,8 +1449,25 @@ def read_weights(path: Path, device: torch.device) -> tuple[Config, Tokenizer, d
 def parse_header(header: dict[str, str]) -> tuple[Config, Tokenizer]:
     """The config and tokenizer in the header of a weights file, or in a training checkpoint."""
     config = Config.from_dict(json.loads(header["config"]))
-    backend = tokenizers.Tokenizer.from_str(header["tokenizer"])
+    check_config(config)
+    backend = backend_from_json(header["tokenizer"])
+    if max(backend.get_vocab().values()) >= config.text.vocab_size:
+        raise ValueError("the tokenizer has more tokens than the text encoder")
     return config, Tokenizer(backend, config.text.max_length)
+
+
+def check_config(c: Config) -> None:
+    """Raises ValueError for numbers that no model can have; only for those that do not show in the
+    shapes of its tensors, since `load` compares these."""
+    u, s = c.unet, c.schedule
+    counts = (c.image_size, c.text.num_heads, u.num_heads, u.head_dim or 1, s.num_timesteps)
+    depths = (c.text.num_layers, u.num_res_blocks, c.vae.num_res_blocks)
+    if not (all(type(n) is int and 0 < n <= 2**16 for n in counts) and max(depths) <= 100
+            and c.text.width % c.text.num_heads == u.channels % (u.head_dim or u.num_heads) == 0
+            and c.image_size % c.stride == 0 and c.prediction in ("eps", "v")
+            and 0 < s.beta_start < 1 and 0 < s.beta_end < 1
+            and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000):
+        raise ValueError("its config has numbers that can't be, or that do not fit each other")
 
 
 def check_settings(c: Config, sampler: str, steps: int, seed: int, batch_size: int,
@@ -1453,6 +1497,8 @@ def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width
             raise InputError(f"an image tensor must be [B, 3, H, W], not {list(image.shape)}")
         height, width = image.shape[2:]
     for name, n in (("width", width), ("height", height)):
+        if n is not None and n > 8192:
+            raise InputError(f"{name} must be at most 8192, not {n}")
         if n is not None and (n <= 0 or n % stride):
             below = max(stride, n // stride * stride)
             near = f"{below} or {below + stride}" if n > below else f"{below}"
@@ -1463,7 +1509,7 @@ def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width
     if isinstance(image, Image.Image):
         image = to_rgb(image)
         own = image.size
-        width, height = (given or max(1, round(side / stride)) * stride
+        width, height = (given or min(8192, max(1, round(side / stride)) * stride)
                          for given, side in zip((width, height), own))
         image = to_tensor([ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)])
     if isinstance(mask, Image.Image):
@@ -1529,11 +1575,12 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
-    beside = path.parent / f".{os.getpid()}.part"
+    # At random, since other threads and processes may be writing in this folder
+    beside = path.parent / f".{path.name[:40]}.{os.urandom(4).hex()}.part"
     try:
         write(str(beside))
         os.replace(beside, path)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, RuntimeError) as e:      # the last is torch.save's
         raise InputError(f"{path} can't be written ({shortened(str(e))}); check the name, the room "
                          "on the disk and the permissions") from None
     finally:
@@ -1760,12 +1807,12 @@ class FolderData:
                      if p.suffix.lower() in PICTURES]
             self.items = [(p, read_text(t).strip()) for p, t in pairs if t.exists()]
         for number, line in enumerate(read_text(table).split("\n") if table.exists() else [], 1):
-            try:
-                entry = json.loads(line) if line.strip() else None
-                self.items += [(folder / entry["file_name"], str(entry["text"]))] if entry else []
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f'{table}, line {number}: needs {{"file_name": ..., "text": ...}},'
-                                 f" has {shortened(line)}") from None
+            with blaming(f"{table}, line {number}: needs a file_name and a text, has "
+                         f"{shortened(line)}", "mend it"):
+                if line.strip():
+                    entry = json.loads(line)
+                    text = entry["text"].encode().decode()      # raises for half a surrogate pair
+                    self.items.append((folder / entry["file_name"], text.strip()))
         pictures = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES]
         if len(self.items) < len(pictures):
             print(f"tiny_ldm: {len(pictures) - len(self.items)} of {len(pictures)} pictures in "
@@ -1773,8 +1820,10 @@ class FolderData:
         if not self.items:
             raise InputError(f"no captioned pictures in {folder}: it needs name.png with name.txt, "
                              "or a metadata.jsonl")
-        for path, _ in self.items:                # all at the start, not one by one hours later
+        for path, caption in self.items:          # all at the start, not one by one hours later
             open_image(path)
+            if len(caption) > 10_000:             # a tokenizer may need minutes for a megabyte
+                raise InputError(f"the caption of {path} has {len(caption)} letters; shorten it")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -1789,20 +1838,24 @@ class FolderData:
 
 
 def read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")     # a byte order mark is no text
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} can't be read as UTF-8 text ({shortened(str(e))})") from None
+    with blaming(f"{path} can't be read as UTF-8 text", "replace or remove it"):
+        return Path(regular(path)).read_text("utf-8-sig")     # a byte order mark is no text
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A picture file as RGB, turned as its EXIF orientation says. Raises InputError."""
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path} can't be read as a picture ({shortened(str(e))}); replace or "
-                         "remove it") from None
+    """A picture file as RGB, turned as its EXIF orientation says. Raises InputError. Not all
+    formats that Pillow knows: for some it runs other programs."""
+    with blaming(f"{path} can't be read as a picture", "replace or remove it"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(regular(path), formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")) as i:
+            return to_rgb(i)
+
+
+def regular(path: str | Path) -> str | Path:
+    """path. Raises OSError if it is a pipe or a device: to read that could take forever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError("it is no regular file")
+    return path
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -1917,10 +1970,11 @@ class Trainer:
         ema = {n: p.detach().clone() for n, p in params.items()}
         optimizer, start, before, mean_loss = Optimizer(params, self.dtype), 0, 0.0, None
         if self.checkpoint and self.checkpoint["stage"] == stage:
-            start, before, mean_loss = (self.checkpoint[k] for k in ("step", "seconds", "loss"))
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
-            for n, e in ema.items():
-                e.copy_(self.checkpoint["ema"][n])
+            with blaming(f"the checkpoint of {self.out} is damaged", "remove it to start anew"):
+                start, before, mean_loss = (self.checkpoint[k] for k in ("step", "seconds", "loss"))
+                optimizer.load_state_dict(self.checkpoint["optimizer"])
+                for n, e in ema.items():
+                    e.copy_(self.checkpoint["ema"][n])
         began = saved = time.monotonic()
         seconds = lambda: before + time.monotonic() - began
         bar = tqdm(range(start, steps), stage, steps, initial=start, disable=self.rank > 0,
@@ -1933,6 +1987,8 @@ class Trainer:
             loss.backward()
             grads = [p.grad for p in params.values() if p.grad is not None]
             average([loss.detach(), *grads], self.world)
+            if not loss.isfinite():       # the checkpoint shall not be spoiled, too
+                raise InputError(f"the loss is {loss:f} at step {step}; begin with other weights")
             nn.utils.clip_grad_norm_(params.values(), 1.0)
             # Warm up while running means are poor; cool down to nothing over the last third.
             optimizer.step(min(1.0, (step + 1) / 100, (steps - step) / (steps / 3)))
@@ -1963,7 +2019,10 @@ class Trainer:
         state.update(run=self.run, ema=ema, model=self.ldm.state_dict(),
                      config=json.dumps(asdict(self.ldm.config)),
                      tokenizer=self.ldm.tokenizer.backend.to_str())
-        write_whole(f"{self.out}.checkpoint", lambda file: torch.save(state, file))
+        last, before = checkpoint_paths(self.out)
+        if last.exists():
+            os.replace(last, before)
+        write_whole(last, lambda file: torch.save(state, file))
         own = {n: p.clone() for n, p in params.items()}
         for n, p in params.items():
             p.copy_(ema[n])
@@ -2064,19 +2123,38 @@ def busiest_windows(images: Tensor, side: int, corners: list) -> Tensor:
     return torch.stack(windows).contiguous(memory_format=torch.channels_last)
 
 
-def read_checkpoint(path: Path, run: list[str]) -> dict | None:
-    """The training checkpoint of a run (its data, its start), or None where there is none. Raises
-    InputError."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        other = found and found["run"] != run
-    except Exception as e:     # the file comes from outside: whatever is wrong, it is damaged
-        raise InputError(f"the checkpoint {path} is damaged ({type(e).__name__}: "
-                         f"{shortened(str(e))}); remove it to start anew") from None
-    if other:
-        raise InputError(f"{path} is of another run (its --train, --weights and --seed were "
-                         f"{found['run']}, not {run}); remove it, or choose another -o")
-    return found
+def checkpoint_paths(out: Path) -> tuple[Path, Path]:
+    """The training checkpoint of a run, and the one before it, in case the last is damaged."""
+    return Path(f"{out}.checkpoint"), Path(f"{out}.before.checkpoint")
+
+
+def read_checkpoint(out: Path, run: list[str]) -> dict | None:
+    """The last checkpoint of a run that is whole, its config and tokenizer parsed; None where there
+    is none. Raises InputError."""
+    for path in (paths := [path for path in checkpoint_paths(out) if path.exists()]):
+        try:
+            with blaming(f"the checkpoint {path} is damaged", "remove it to start anew"):
+                with zipfile.ZipFile(regular(path)) as file:     # PyTorch doesn't check the sums
+                    if file.testzip() is not None:
+                        raise ValueError("a checksum is wrong")
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                found["parts"] = parse_header(found)
+                kinds = [type(found[key]) for key in ("step", "seconds", "loss")]
+                if kinds != [int, float, float] or found["stage"] not in ("vae", "decoder", "unet"):
+                    raise ValueError("it does not say where the run stood")
+                other = found["run"] != run
+        except InputError as e:
+            if path == paths[-1]:
+                raise
+            print(f"tiny_ldm: {str(e).rpartition(';')[0]}; going on from the one before it",
+                  file=sys.stderr)
+            path.unlink(missing_ok=True)      # or it would be kept in the place of that one
+            continue
+        if other:
+            raise InputError(f"{path} is of another run (its --train, --weights and --seed were "
+                             f"{found['run']}, not {run}); remove it, or choose another -o")
+        return found
+    return None
 
 
 def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 4400,
@@ -2091,11 +2169,12 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     stands. Raises InputError.
     """
     out, device, run = Path(out), pick_device(device), [source, str(weights or ""), str(seed)]
-    for name, value, low in (("seed", seed, 0), ("vae_steps", vae_steps, 1),
-                             ("decoder_steps", decoder_steps, 0), ("unet_steps", unet_steps, 0),
-                             ("vae_batch", vae_batch, 1), ("unet_batch", unet_batch, 1)):
-        if not low <= value <= 2**31:
-            raise InputError(f"{name} must be from {low} to {2**31}, not {value}")
+    for name, value, low, high in (
+            ("seed", seed, 0, 2**31), ("vae_steps", vae_steps, 1, 2**31),
+            ("decoder_steps", decoder_steps, 0, 2**31), ("unet_steps", unet_steps, 0, 2**31),
+            ("vae_batch", vae_batch, 1, 2**14), ("unet_batch", unet_batch, 1, 2**14)):
+        if not low <= value <= high:
+            raise InputError(f"{name} must be from {low} to {high}, not {value}")
     if dtype == torch.float16:
         raise InputError("gradients are too small for float16; train in float32 or bfloat16")
     if out.suffix != ".safetensors":
@@ -2110,15 +2189,18 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
-    checkpoint = read_checkpoint(Path(f"{out}.checkpoint"), run)
-    start = LatentDiffusion.load(weights, str(device)) if weights else None
+    checkpoint = read_checkpoint(out, run)
+    start = None if weights is None else LatentDiffusion.load(weights, str(device))
     config = replace(start.config, name=source) if start else config
     if config.unet.in_channels != config.vae.latent_channels:
         raise InputError(f"{weights} is an inpainting model, which can't be trained here")
     size = config.image_size
     data = ShapesData(size, seed) if source == "shapes" else FolderData(Path(source), size, seed)
+    for path in out.parent.iterdir():       # what a killed run left half-written
+        if path.name.startswith(f".{out.name[:40]}.") and path.suffix == ".part":
+            path.unlink(missing_ok=True)
     if checkpoint:
-        config, tokenizer = parse_header(checkpoint)
+        config, tokenizer = checkpoint["parts"]
     elif start is None:
         tokenizer = Tokenizer.train(data.captions(), config.text.vocab_size, config.text.max_length)
         text = replace(config.text, vocab_size=tokenizer.backend.get_vocab_size())
@@ -2129,9 +2211,10 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     ldm.to(memory_format=torch.channels_last)
     ldm.config = config
     if checkpoint:
-        ldm.load_state_dict(checkpoint["model"])
+        with blaming(f"the checkpoint of {out} is damaged", "remove it to start anew"):
+            ldm.load_state_dict(checkpoint["model"])
     trainer = Trainer(data, out, ldm, seed, save_minutes, dtype, run, checkpoint)
-    stage = checkpoint["stage"] if checkpoint else "decoder" if weights else "vae"
+    stage = checkpoint["stage"] if checkpoint else "decoder" if start else "vae"
     if stage == "vae":
         trainer.train_vae("vae", vae_steps, vae_batch)
     if stage != "unet" and decoder_steps:
@@ -2196,7 +2279,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         for name, kind, default, metavar, what in rows:
             add(f"--{name}", type=kind, default=default, metavar=metavar,
                 help=what if default in (None, "") else f"{what} (default: {default})")
-    return ap.parse_args(argv)
+    if [] in vars(args := ap.parse_args(argv)).values():       # Python < 3.13 makes it of --x=--
+        ap.error("-- is no value")
+    return args
 
 
 # The settings that make a picture: their names in its text chunk, and the arguments.
@@ -2209,7 +2294,8 @@ def parameters_text(args: argparse.Namespace, config: Config, image: Image.Image
     """The settings in the form that viewers of this field read from a PNG's text chunk
     `parameters`: the prompt, "Negative prompt: ...", and a line of "Name: value" pairs."""
     def quoted(value) -> str:
-        return json.dumps(value) if re.search('[,:"\n]', str(value)) else str(value)
+        odd = re.search('[,:"]', str(value)) or not str(value).isprintable()
+        return json.dumps(value) if odd else str(value)
 
     one_line = lambda text: " ".join(text.split())      # the tokenizer sees no difference
     pairs = {name: getattr(args, key) for name, key in SETTINGS.items()}
@@ -2223,9 +2309,7 @@ def parameters_text(args: argparse.Namespace, config: Config, image: Image.Image
 
 def settings_of(file: str) -> tuple[list[str], str]:
     """The inverse: the arguments and the prompt of the picture in a .png. Raises InputError."""
-    open_image(file)
-    with Image.open(file) as image:
-        text = getattr(image, "text", {}).get("parameters", "")
+    text = str(open_image(file).info.get("parameters", ""))
     words, _, line = text.rpartition("\n")
     prompt, _, negative = words.partition("\nNegative prompt: ")
     found = dict(re.findall(r'(\w[\w ]*): ("(?:\\.|[^"\\])*"|[^,]*)', line))
@@ -2236,10 +2320,8 @@ def settings_of(file: str) -> tuple[list[str], str]:
     argv = [f"--width={size[1]}", f"--height={size[2]}", f"--negative-prompt={negative}"]
     for name, key in SETTINGS.items():
         if value := found.get(name):
-            try:
+            with blaming(f"{file} has damaged settings", "give the picture as it was made"):
                 value = json.loads(value) if value.startswith('"') else value
-            except ValueError:
-                raise InputError(f"{file} has damaged settings: {shortened(line)}") from None
             argv.append(f"--{key.replace('_', '-')}={value}")
     return argv, prompt
 
@@ -2247,7 +2329,7 @@ def settings_of(file: str) -> tuple[list[str], str]:
 def picture_path(args: argparse.Namespace, seed: int) -> Path:
     """Where a picture goes: -o, or a name made of prompt and seed; several have the seed in it."""
     if args.output is None:
-        words = re.sub(r"[^\w]+", "-", args.prompt.lower()).strip("-")[:60].strip("-")
+        words = re.sub(r"[^\w]+", "-", args.prompt.lower()).strip("-")[:56].strip("-")
         return Path(f"{words or 'picture'}-{seed}.png")
     path = Path(args.output)
     return path if args.count == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
@@ -2413,9 +2495,10 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = r
     """Runs a command and returns its exit code: 2, and one line on stderr, for bad input."""
     try:
         command(sys.argv[1:] if argv is None else argv)
+        print(end="", flush=True)      # a full disk, or a reader that is gone, shows itself now
         return 0
     except (InputError, OSError) as e:
-        print(f"tiny_ldm: {e}", file=sys.stderr)
+        print(f"tiny_ldm: {shortened(str(e), 1000)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:     # PyTorch has no type of its own for the CPU's
         if isinstance(e, RuntimeError) and not re.search("alloc|out of memory", str(e)):
@@ -2428,5 +2511,18 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = r
         return 130
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:      # no command in a notebook
-    sys.exit(main())
+def console(command: Callable[[list[str]], None] = run) -> None:
+    """main as a program: where stdout or stderr are closed or know few letters, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = main(None, command)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # all is done
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stdout.close()      # what could not be written, Python would try again, and complain
+    sys.exit(code)
+
+
+if AS_PROGRAM:
+    console()

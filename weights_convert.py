@@ -13,28 +13,34 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gzip
 import hashlib
 import json
 import mmap
+import os
 import re
 import shutil
+import signal
 import sys
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
+if __name__ == "__main__":       # as in tiny_ldm.py
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
-                      LatentDiffusion, TextConfig, clip_backend, read_text, read_weights,
-                      shortened, write_whole)
+                      LatentDiffusion, TextConfig, backend_from_json, blaming, clip_backend,
+                      read_text, read_weights, regular, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -154,6 +160,7 @@ class Entry(NamedTuple):
     conv: bool                    # two more dimensions in official files
 
 
+@functools.cache
 def name_map(c: Config) -> dict[str, Entry]:
     """Every tensor name of ours -> Entry."""
     with torch.device("meta"):
@@ -215,10 +222,10 @@ def recognised(path: Path) -> str | None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file. Raises InputError."""
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             head = file.read(512)
     except OSError as e:
-        raise InputError(f"{path} can't be opened ({e.strerror}); check the path") from None
+        raise InputError(f"{path} can't be opened ({e.strerror or e}); check the path") from None
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a git-LFS pointer, not the file; fetch it: git lfs pull")
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
@@ -230,12 +237,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path} is no whole .safetensors file ({shortened(str(e))}); get it "
-                         "again") from None
+    with (blaming(f"{path} is no whole .safetensors file", "get it again"),
+          safe_open(path, framework="pt") as file):
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def inert(name: str) -> type:
@@ -250,7 +254,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is neither a .safetensors nor a whole .ckpt (a zip, as torch "
                          "writes it since 1.6); get it again")
-    try:
+    with blaming(f"{path} is damaged", "get it again"):
+        with zipfile.ZipFile(path) as archive:        # torch writes them so; a bomb is not
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError("it is compressed")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = [name for name in names if not name.startswith(INERT)]
         if refused:
@@ -260,13 +267,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         stand_ins = [(inert(name.rsplit(".")[-1]), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except InputError:
-        raise
-    except Exception as e:         # it comes from outside: whatever goes wrong, the file is
-        raise InputError(f"{path} is damaged ({type(e).__name__}: {shortened(str(e))}); get it "
-                         "again") from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+        found = found.get("state_dict", found)
+        return {str(name): t for name, t in found.items() if isinstance(t, Tensor)}
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -298,7 +300,8 @@ def part_files(part: str) -> list[str]:
 def download(repository: str) -> Path:
     """A hub repository as a diffusers folder, in huggingface_hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
-    try:
+    with blaming(f"{repository} can't be had from the hub",
+                 "check name and network, or pass a file"):
         files = HfApi().list_repo_files(repository)
         wanted = [next((n for n in part_files(part) if n in files), None)
                   for part in ("unet", "vae", "text_encoder")]
@@ -306,11 +309,6 @@ def download(repository: str) -> Path:
             raise InputError(f"{repository} holds no diffusers folder; download one file and pass "
                              "it: " + ", ".join(f for f in files if "." in f)[:200])
         return Path(snapshot_download(repository, allow_patterns=[*wanted, "tokenizer/*"]))
-    except InputError:
-        raise
-    except Exception as e:
-        raise InputError(f"{repository} can't be had from the hub ({type(e).__name__}: "
-                         f"{shortened(str(e))}); check name and network, or pass a file") from None
 
 
 # %% 3. The tokenizer
@@ -322,7 +320,7 @@ WHAT_TO_PASS = ("pass --tokenizer with bpe_simple_vocab_16e6.txt.gz, a folder wi
 
 def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
     """CLIP's vocabulary from any of the three forms. Raises InputError."""
-    try:
+    with blaming(f"{source} is no CLIP vocabulary", WHAT_TO_PASS):
         if (source / "vocab.json").exists():
             lines = read_text(source / "merges.txt").splitlines()
             vocab = json.loads(read_text(source / "vocab.json"))
@@ -330,9 +328,9 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
         if source.is_dir():
             source = source / "tokenizer.json"
         if source.suffix == ".json":
-            return tokenizers.Tokenizer.from_str(read_text(source))
-        raw = source.read_bytes()
-        text = (gzip.decompress(raw) if source.suffix == ".gz" else raw).decode()
+            return backend_from_json(read_text(source))
+        with (gzip.open if source.suffix == ".gz" else open)(regular(source), "rb") as file:
+            text = file.read(2**24).decode()        # the true one has 3 MB
         merges = pairs(text.split("\n")[1 : 48894 + 1])
         # OpenAI's order of the 256 byte symbols: printable ones, then the others, shifted by 256.
         printable = [b for b in range(256) if chr(b).isprintable() and chr(b) not in " \xa0"]
@@ -340,11 +338,6 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
         merged = ["".join(pair) for pair in merges]
         words = [*symbols, *(s + "</w>" for s in symbols), *merged, BOS, EOS]
         return clip_backend({word: i for i, word in enumerate(words)}, merges)
-    except InputError:
-        raise
-    except Exception as e:
-        raise InputError(f"{source} is no CLIP vocabulary ({type(e).__name__}: "
-                         f"{shortened(str(e))}); {WHAT_TO_PASS}") from None
 
 
 def pairs(lines) -> list[tuple[str, str]]:
@@ -353,16 +346,13 @@ def pairs(lines) -> list[tuple[str, str]]:
 
 def find_tokenizer(given: str | None, folder: Path | None) -> tokenizers.Tokenizer:
     """The one given; or the folder's; or the hub's."""
-    if given:
+    if given is not None:
         return read_tokenizer(Path(given))
     if folder and (folder / "tokenizer").is_dir():
         return read_tokenizer(folder / "tokenizer")
     from huggingface_hub import hf_hub_download
-    try:
+    with blaming("no vocabulary: the hub can't be reached", WHAT_TO_PASS):
         path = hf_hub_download("openai/clip-vit-large-patch14", "tokenizer.json")
-    except Exception as e:
-        raise InputError(f"no vocabulary: the hub can't be reached ({type(e).__name__}); "
-                         f"{WHAT_TO_PASS}") from None
     return read_tokenizer(Path(path))
 
 
@@ -441,10 +431,13 @@ def find_sources(entries: dict[str, Entry], tensors: dict[str, Tensor], official
 
 def forget(t: Tensor) -> None:
     """Gives the memory behind a mapped tensor back to the kernel, so that only one is held at a
-    time. It stays readable: touched again, it is read again. Elsewhere than on Linux: nothing."""
+    time. It stays readable: touched again, it is read again. Elsewhere than on Linux: nothing.
+
+    Careful, t may be a view whose numbers take less room than it counts: what lies behind is not
+    its own."""
     start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if sys.platform == "linux" and length > 0:
+    if sys.platform == "linux" and length > 0 and t.is_contiguous():
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)  # DONTNEED
 
 
@@ -585,4 +578,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tiny_ldm.console(run)
