@@ -183,7 +183,7 @@ SHAPES = Config(
     image_size=64,          # 8 x 8 latents: the fewest in which a shape still keeps its corners
     prediction="v",         # learns colours and layout sooner than "eps" (section 2 says why)
     scale_factor=1.0,       # measured after the VAE is trained, and stored with the weights
-    guidance_scale=3.0,     # measured: with more, a second thing may be drawn twice
+    guidance_scale=2.0,     # measured: with more, a second thing may be drawn twice
     text=TextConfig(vocab_size=512, max_length=24, width=128, num_layers=3, num_heads=4),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=8),
     unet=UNetConfig(channels=112, channel_mult=(1, 1), num_res_blocks=1, attention=(True, True),
@@ -2253,7 +2253,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N")
     add("-n", "--count", type=int, default=1, metavar="COUNT", help="with seeds N, N+1, ...")
     groups = {"pictures": (
-        ("steps", int, 20, "N", "1 to 1000"),
+        ("steps", int, 25, "N", "1 to 1000"),
         ("sampler", str, "euler_a", "NAME", ", ".join(SAMPLERS)),
         ("guidance-scale", float, None, "X", "how much the prompt counts (default: the model's)"),
         ("eta", float, 0.0, "X", "fresh noise in ddim, 0 to 1"),

@@ -316,13 +316,13 @@ def steps(args, folder):
         for t in scheduler.timesteps:
             inputs = scheduler.scale_model_input(torch.cat([x, x]), t)
             without, with_prompt = ldm.unet(inputs, t.expand(16), context).chunk(2)
-            eps = tiny_ldm.eps_from_v(inputs[:8], without + 3 * (with_prompt - without),
+            eps = tiny_ldm.eps_from_v(inputs[:8], without + 2 * (with_prompt - without),
                                       ldm.alphas_cumprod[t.round().long()].item())
             x = scheduler.step(eps, t, x).prev_sample
         return x
 
     def ours(sampler, calls):
-        *_, last = ldm.denoise(prompts, steps=calls, sampler=sampler, guidance_scale=3.0,
+        *_, last = ldm.denoise(prompts, steps=calls, sampler=sampler, guidance_scale=2.0,
                                latents=start)
         return last.x
 
@@ -340,7 +340,7 @@ def steps(args, folder):
 def shapes(args, folder):
     import torch
     import tiny_ldm
-    print("\nThe built-in model, 20 steps of Euler ancestral, guided: pictures a second\n")
+    print("\nThe built-in model, 25 steps of Euler ancestral, guided: pictures a second\n")
     print("| | one by one | 8 together | 32 together |\n|---|---|---|---|")
     for dtype in args.dtypes:
         ldm = tiny_ldm.LatentDiffusion.load(device=args.device, dtype=getattr(torch, dtype))
@@ -349,7 +349,7 @@ def shapes(args, folder):
             times = []
             for _ in range(args.rounds + 1):
                 begin = time.perf_counter()
-                ldm.generate(["a red circle"] * batch, steps=20, sampler="euler_a", progress=False)
+                ldm.generate(["a red circle"] * batch, steps=25, sampler="euler_a", progress=False)
                 times.append(time.perf_counter() - begin)
             row.append(f"{batch / statistics.median(times[1:]):.1f}")
         print(f"| {dtype} | " + " | ".join(row) + " |", flush=True)
