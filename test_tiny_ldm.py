@@ -197,12 +197,41 @@ def captions_of_kind(kind: str, count: int, seed: int) -> list[str]:
             for i in range(count)]
 
 
+def grown(mask: np.ndarray, by: int) -> np.ndarray:
+    """A mask [H, W] and what lies within `by` pixels of it."""
+    for _ in range(by):
+        h, w = mask.shape
+        padded = np.pad(mask, 1)
+        mask = np.max([padded[i:i + h, j:j + w] for i in range(3) for j in range(3)], axis=0)
+    return mask
+
+
+def crispness(image: Image.Image, caption: str) -> tuple[float, float, float]:
+    """How a picture of things of one colour looks: (mean error of the colour inside the things, and
+    of that of the background, in levels of 255; width of the edges in pixels of a picture 128
+    wide: where the coverage is from 10 to 90 %, over the length of the outline)."""
+    scene, pixels = parse(caption), np.asarray(image.convert("RGB")).astype(float)
+    ground, colour = (np.array(COLOURS[c]) for c in (scene.background or "white",
+                                                     scene.things[0].colour))
+    coverage = (pixels - ground) @ (colour - ground) / ((colour - ground)**2).sum()
+    thing = coverage > 0.5
+    inside, outside = ~grown(~thing, 1), ~grown(thing, 2)
+    edge = (coverage > 0.1) & (coverage < 0.9) & grown(thing, 2)
+    # Steps along rows and columns make a line longer by 4/π, on average over its directions
+    outline = (np.diff(thing, axis=0).sum() + np.diff(thing, axis=1).sum()) * math.pi / 4
+    error = lambda mask, c: np.abs(pixels[mask] - c).mean() if mask.any() else 0.0
+    return (error(inside, colour), error(outside, ground),
+            edge.sum() / outline * 128 / len(pixels))
+
+
 def prompt_following(ldm: LatentDiffusion, kind: str, count: int, seed: int = 10**6,
-                     **settings) -> list[tuple[Image.Image, str, str]]:
-    """[(picture, caption, what is wrong or "")] for count captions of a kind, with fresh seeds."""
+                     free_words: bool = False, **settings) -> list[tuple[Image.Image, str, str]]:
+    """[(picture, caption, what is wrong or "")] for count captions of a kind, with fresh seeds.
+    free_words: the model gets the caption in other words."""
     captions, judged = captions_of_kind(kind, count, seed), []
+    told = [tiny_ldm.rephrase(c, random.Random(c)) if free_words else c for c in captions]
     for i in range(0, count, 25):
-        images = ldm.generate(captions[i:i + 25], seed=seed + i, progress=False, **settings)
+        images = ldm.generate(told[i:i + 25], seed=seed + i, progress=False, **settings)
         judged += [(image, c, judge(image, c)) for image, c in zip(images, captions[i:])]
     return judged
 
@@ -1064,6 +1093,24 @@ def test_built_in_model_draws_what_it_is_told(dtype):
     assert shares["one thing"] >= 0.8 and min(shares.values()) >= 0.5, shares
 
 
+def test_built_in_model_draws_crisp_edges_and_flat_colours(built_in):
+    """As the command draws them; pictures from the world itself have edges 1.6 wide."""
+    drawn = [draw(scene, place(scene, random.Random(i)), SHAPES.image_size) for i, scene in
+             enumerate(map(parse, captions_of_kind("one thing", 25, 1)))]
+    true = [crispness(*pair) for pair in zip(drawn, captions_of_kind("one thing", 25, 1))]
+    made = [crispness(image, caption) for image, caption, wrong in prompt_following(
+        built_in, "one thing", 25, steps=20, sampler="euler_a") if not wrong]
+    for found in (true, made):
+        inside, outside, edge = np.mean(found, axis=0)
+        assert inside <= 12 and outside <= 12 and edge <= 3, (inside, outside, edge)
+
+
+def test_built_in_model_understands_free_words(built_in):
+    judged = [row for kind in KINDS for row in prompt_following(
+        built_in, kind, 10, free_words=True, steps=20, sampler="euler_a")]
+    assert right(judged) >= 0.75
+
+
 def test_command_makes_a_picture_and_says_only_its_name(tmp_path):
     prompt = "a red circle left of a blue square on a white background"
     done = run(prompt, "--steps", 3, "--film", "f.gif", cwd=tmp_path)
@@ -1088,6 +1135,59 @@ def test_command_counts_seeds_and_tells_what_it_does_not_know(tmp_path):
     image = Image.open(tmp_path / "x-6.png")
     assert image.size == (128, 64)
     assert image.text["parameters"].splitlines()[1] == "Negative prompt: a star"
+
+
+def test_prompts_are_shared_among_processes_and_each_picture_is_that_of_its_own_command(tmp_path):
+    """Two processes, as torchrun starts them."""
+    (tmp_path / "p.txt").write_text("a red circle\n\n  two blue stars\na white ring\n")
+    settings, out = ("--seed", 4, "--steps", 2), tmp_path / "out"
+    refused = run("--prompts", "p.txt", *settings, "-o", "out", cwd=tmp_path)
+    assert refused.returncode == 2 and "out does not exist" in refused.stderr
+    out.mkdir()
+    for rank, lines in enumerate((("0001-a-red-circle-4.png", "0004-a-white-ring-4.png"),
+                                  ("0003-two-blue-stars-4.png",))):
+        done = run("--prompts", "p.txt", *settings, "-o", "out", cwd=tmp_path, RANK=str(rank),
+                   WORLD_SIZE="2")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [str(Path("out") / line) for line in lines]
+    alone = run("two blue stars", *settings, "-o", "a.png", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert (tmp_path / "a.png").read_bytes() == (out / lines[0]).read_bytes()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("a circle", "--prompts", "p.txt", "-o", "."), "without a prompt"),
+    (("--prompts", "p.txt"), "needs -o FOLDER"),
+    (("--prompts", "p.txt", "-o", ".", "--film", "f.png"), "--film"),
+    (("--prompts", "missing.txt", "-o", "."), "missing.txt"),
+    (("--prompts", "empty.txt", "-o", "."), "holds no prompt")])
+def test_prompts_that_can_not_be_made_are_refused(arguments, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("a red circle")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    monkeypatch.chdir(tmp_path)
+    assert tiny_ldm.main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_compiled_networks_make_the_same_pictures():
+    """The smallest that have every part, since compiling takes long; within 1 level."""
+    ldm = tiny_model(vae=replace(TINY.vae, channel_mult=(1, 2)), image_size=16,
+                     unet=replace(TINY.unet, channel_mult=(1,), attention=(True,)))
+    settings = dict(steps=2, seed=3, progress=False)
+    plain, = ldm.generate("a circle", **settings)
+    ldm.compile_networks()
+    compiled, = ldm.generate("a circle", **settings)
+    difference = np.abs(np.asarray(plain, int) - np.asarray(compiled, int))
+    assert np.asarray(plain).std() > 1 and difference.max() <= 1
+
+
+def test_a_missing_compiler_is_one_line(tmp_path):
+    done = run("a red circle", "--compile", "-o", tmp_path / "a.png", CXX="no-such-compiler",
+               PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 2 and "can be compiled here" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "a.png").exists()
 
 
 def test_again_makes_the_same_file(tmp_path):
@@ -2701,6 +2801,7 @@ def print_table(argv: list[str]) -> None:
     ap.add_argument("--sampler", default="ddim")
     ap.add_argument("--guidance-scale", type=float)
     ap.add_argument("--dtype", default="float32")
+    ap.add_argument("--free-words", action="store_true", help="tell the model in other words")
     ap.add_argument("--failures", action="store_true", help="also print what was wrong")
     ap.add_argument("--grid", metavar="FILE", help="also draw the first pictures of each kind")
     ap.add_argument("--samplers", metavar="FILE", help="instead compare the samplers, as a plot")
@@ -2711,14 +2812,21 @@ def print_table(argv: list[str]) -> None:
         return compare_samplers(ldm, args.count, args.samplers)
     if args.ways:
         return draw_ways(ldm, args.ways)
+    looks = []
     print("| captions | right |\n|---|---|")
     for kind in KINDS:
         judged = prompt_following(ldm, kind, args.count, steps=args.steps, sampler=args.sampler,
-                                  guidance_scale=args.guidance_scale)
+                                  guidance_scale=args.guidance_scale,
+                                  free_words=args.free_words)
+        looks += [crispness(image, caption) for image, caption, wrong in judged
+                  if not wrong and not parse(caption).relation]
         print(f"| {kind} | {100 * right(judged):.1f} % |", flush=True)
         rows += judged[:6]
         if args.failures:
             print("\n".join(f"    {caption}: {wrong}" for _, caption, wrong in judged if wrong))
+    inside, outside, edge = np.mean(looks, axis=0)
+    print(f"\nPictures with one colour: its mean error {inside:.1f} of 255 inside the things, "
+          f"{outside:.1f} in the background; edges {edge:.1f} pixels wide at 128")
     if args.grid:
         tiny_ldm.grid([labelled(*row) for row in rows], 6).save(args.grid)
 

@@ -57,7 +57,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
-if __name__ == "__main__":       # Ctrl-C while PyTorch is being loaded ends without a traceback
+AS_PROGRAM = __name__ == "__main__" and "ipykernel" not in sys.modules       # no notebook
+if AS_PROGRAM:       # Ctrl-C while PyTorch is being loaded ends without a traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
@@ -417,7 +418,7 @@ class Downsample(nn.Module):
     """Halves H and W: 3x3 convolution with stride 2.
 
     Careful, two paddings: the U-Net pads 1 on all sides, the VAE's encoder 1 at the right and the
-    bottom only. The wrong one shifts the picture by half a pixel at each level (CompVis
+    bottom only. The wrong one shifts everything by half a pixel of the smaller picture (CompVis
     model.py:66, openaimodel.py:143).
     """
 
@@ -1119,7 +1120,8 @@ SAMPLERS = {
 # the config and the tokenizer, so that the file is the whole model. Below the class stands what
 # meets the outside world: files, settings, devices. Whatever is wrong there is said in one line.
 
-BUILT_IN = Path(__file__).parent / "weights" / "shapes.safetensors"
+HERE = Path(globals().get("__file__", "")).parent     # cells in a notebook have no file
+BUILT_IN = HERE / "weights" / "shapes.safetensors"
 Prompt = str | list[str] | Tensor                    # one, several, or context [n, L, D]
 Picture = Image.Image | Tensor
 
@@ -1175,6 +1177,18 @@ class LatentDiffusion(nn.Module):
         # as fast, and adds up in the order of the reference implementations, to the same bits.
         plain = device.type == "cpu" and dtype == torch.float32
         return ldm if plain else ldm.to(memory_format=torch.channels_last)
+
+    def compile_networks(self) -> None:
+        """Has PyTorch write and compile machine code for U-Net and decoder, at their first call: a
+        minute or more, once. "Freezing" also brings the weights into the order in which the
+        processor takes them. Raises InputError where nothing can be compiled."""
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=self.device))
+        except Exception as e:        # a compiler is missing, or this Python is too new for PyTorch
+            raise InputError(f"nothing can be compiled here ({shortened(str(e))}); install a C++ "
+                             "compiler (g++), or leave out --compile") from None
+        for network in (self.unet, self.vae.decoder):
+            network.compile(options={"freezing": True})
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the model as one .safetensors, in dtype if one is given."""
@@ -2144,8 +2158,9 @@ def read_checkpoint(out: Path, run: list[str]) -> dict | None:
 
 
 def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 4400,
-          decoder_steps: int = 0, unet_steps: int = 20000, vae_batch: int = 64, unet_batch: int = 128, seed: int = 0,
-          device: str = "auto", dtype: torch.dtype = torch.float32, save_minutes: float = 5.0,
+          decoder_steps: int = 0, unet_steps: int = 20000, vae_batch: int = 64,
+          unet_batch: int = 128, seed: int = 0, device: str = "auto",
+          dtype: torch.dtype = torch.float32, save_minutes: float = 5.0,
           config: Config = SHAPES) -> None:
     """Trains on "shapes" or on a folder and writes the weights file `out`.
 
@@ -2234,6 +2249,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                                           "where to start")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--compile", action="store_true", help="faster networks, after a minute of compiling")
     add("--seed", type=int, default=0, metavar="N")
     add("-n", "--count", type=int, default=1, metavar="COUNT", help="with seeds N, N+1, ...")
     groups = {"pictures": (
@@ -2248,7 +2264,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ("mask", str, None, "FILE", "repaint only where this picture is white"),
         ("film", str, None, "FILE", "also write how it formed: a strip (.png) or a .gif"),
         ("attention", str, None, "FILE", "also draw where the model looked for each word (.png)"),
-        ("again", str, None, "FILE", "make the picture in this .png once more")), "training": (
+        ("again", str, None, "FILE", "make the picture in this .png once more"),
+        ("prompts", str, None, "FILE", "a picture for each line of this file, in the folder -o")),
+        "training": (
         ("train", str, None, "shapes|FOLDER", "the Shapes world, or captioned pictures"),
         ("vae-steps", int, 4400, "N", "of stage 1"),
         ("decoder-steps", int, 0, "N", "more of stage 1, for the decoder alone"),
@@ -2353,29 +2371,58 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
+def jobs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments; or with --prompts those for each line of the file, whose pictures are named
+    after its number. Raises InputError."""
+    if args.prompts is None:
+        return [args]
+    if args.output is None or args.prompt or args.film or args.attention:
+        raise InputError("--prompts needs -o FOLDER, and goes without a prompt, --film and "
+                         "--attention")
+    jobs = [argparse.Namespace(**{**vars(args), "prompt": line, "output": None})
+            for line in read_text(Path(args.prompts)).splitlines()]
+    for number, job in enumerate(jobs, 1):
+        name = f"{number:04}-{picture_path(job, args.seed)}" if job.prompt.strip() else ""
+        job.output = str(Path(args.output) / name)
+    return [job for job in jobs if job.prompt.strip()]
+
+
 def make_pictures(args: argparse.Namespace) -> None:
-    """What the command does without --train. Pictures are made one by one, so that each is the
-    same to the bit as when it is made alone."""
-    paths = check_paths(args)
+    """What the command does without --train. With `torchrun --nproc-per-node N`, every Nth prompt
+    of --prompts."""
+    jobs = [(job, check_paths(job)) for job in jobs_of(args)]
+    if not jobs:
+        raise InputError(f"{args.prompts} holds no prompt; write one on each line")
     image, mask = (None if f is None else open_image(f) for f in (args.image, args.mask))
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
     image, mask = fit_pictures(image, mask, ldm.config.stride, args.width, args.height)
-    prompt = ldm.encode_text(args.prompt)
-    if args.guidance_scale is None:
-        args.guidance_scale = ldm.config.guidance_scale
-    films, attention = [], []
+    if args.compile:
+        ldm.compile_networks()
+    rank, world = rank_and_world()
+    for job, paths in jobs[rank::world]:
+        if job.guidance_scale is None:
+            job.guidance_scale = ldm.config.guidance_scale
+        make_picture(ldm, job, paths, image, mask)
+
+
+def make_picture(ldm: LatentDiffusion, args: argparse.Namespace, paths: list[Path],
+                 image: Tensor | None, mask: Tensor | None) -> None:
+    """The pictures of one prompt, one by one, so that each is the same to the bit as when it is
+    made alone."""
+    prompt, films, attention = ldm.encode_text(args.prompt), [], []
     for path in paths:
         with ldm.attention() if args.attention else contextlib.nullcontext() as maps:
             steps = list(tqdm(ldm.denoise(
                 prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed, width=args.width,
                 height=args.height, image=image, strength=args.strength, mask=mask),
-                "denoising", steps_walked(args.steps, image, args.strength), unit="step"))
+                "denoising", steps_walked(args.steps, image, args.strength), unit="step",
+                disable=rank_and_world()[0] > 0))
         picture = to_pil(paste(ldm.decode_latents(steps[-1].x), image, mask))[0]
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", parameters_text(args, ldm.config, picture))
         write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=info))
-        print(path)
+        print(path, flush=True)
         if args.film:                          # ten of the steps, from first to last
             shown = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
             films.append(to_pil(torch.cat([ldm.decode_latents(s.x0) for s in shown])))
@@ -2438,8 +2485,8 @@ def run(argv: list[str]) -> None:
     elif args.output is None:
         raise InputError("--train needs -o FILE.safetensors, where the model goes")
     else:
-        names = ("weights", "vae_steps", "decoder_steps", "unet_steps", "vae_batch", "unet_batch", "seed",
-                 "device", "save_minutes")
+        names = ("weights", "vae_steps", "decoder_steps", "unet_steps", "vae_batch", "unet_batch",
+                 "seed", "device", "save_minutes")
         train(args.train, args.output, dtype=getattr(torch, args.dtype),
               **{name: getattr(args, name) for name in names})
 
@@ -2477,5 +2524,5 @@ def console(command: Callable[[list[str]], None] = run) -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+if AS_PROGRAM:
     console()

@@ -3,13 +3,17 @@
     python .ci/notebooks.py [FILE ...]             checks them: what they print is thrown away
     python .ci/notebooks.py --write [FILE ...]     stores what they print in them
 
+Then tiny_ldm.py itself, cell by cell (`# %%`), and a picture with what they have defined.
+
 A notebook fails if a cell raises or writes to stderr (a warning of deprecation in our own code, a
 progress bar), if it takes more than 3 minutes, or, when checking, if the stored outputs are stale:
 cells not run in order, or with other kinds of output (picture, text) than now.
 """
 import argparse
 import os
+import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -63,6 +67,19 @@ def check(path: Path, write: bool) -> list[str]:
     return wrong
 
 
+def check_the_file(path: Path) -> list[str]:
+    """Runs a .py file with cells as the notebook that Jupyter makes of it."""
+    cells = [*re.split(r"(?m)^(?=# %%)", path.read_text()), "from IPython.display import display",
+             'display(*LatentDiffusion.load().generate("a red circle", steps=2, progress=False))']
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".ipynb") as file:
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+        nbformat.write(book, file.name)
+        wrong = [w for w in check(Path(file.name), write=True) if w]
+        if not wrong and "picture" not in kinds(nbformat.read(file.name, 4).cells[-1]):
+            wrong.append("no picture comes of its cells")
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,6 +92,9 @@ def main() -> None:
     os.environ["PYTHONWARNINGS"] = ",".join(shown)
     files = args.files or sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
     wrong = [(path.name, line) for path in files for line in check(path.resolve(), args.write)]
+    if not args.files:
+        file = Path(__file__).resolve().parents[1] / "tiny_ldm.py"
+        wrong += [(file.name, line) for line in check_the_file(file)]
     for name, line in wrong:
         print(f"{name}: {line}", file=sys.stderr)
     sys.exit(bool(wrong))
