@@ -1026,7 +1026,7 @@ def trained_by(processes: int, out: Path, how: str = "lives") -> list[str]:
         env={**os.environ, "PYTHONPATH": str(HERE), "RANK": str(rank), "LOCAL_RANK": str(rank),
              "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
         for rank in range(processes)]
-    return [p.communicate(timeout=120)[1].rpartition("\r")[2] for p in started]
+    return [p.communicate(timeout=600)[1].rpartition("\r")[2] for p in started]
 
 
 def test_two_processes_train_as_one_does_and_either_goes_on_from_the_other(tmp_path):
@@ -2441,7 +2441,7 @@ def listing() -> dict[str, int]:
 
 
 def forked(call: Callable[[], int], log, room: int | None = None, memory: int = 2**29,
-           seconds: int = 60) -> int:
+           seconds: int = 180) -> int:
     """Calls in a process of its own, with only so much more memory and time, and files of only so
     many bytes; its output goes to a file. Returns the exit code, or minus the signal that ended
     it."""
@@ -2453,7 +2453,7 @@ def forked(call: Callable[[], int], log, room: int | None = None, memory: int = 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds // 3, seconds // 3))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds // 9, seconds // 9))
         signal.alarm(seconds)
         if room is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
