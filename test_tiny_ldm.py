@@ -1066,6 +1066,11 @@ def test_training_on_a_folder_then_from_its_weights(tmp_path):
     assert m.config.scale_factor == n.config.scale_factor != 1.0
 
 
+def test_a_training_without_stage_2_stores_the_latents_scale(tmp_path):
+    small_training(tmp_path / "m.safetensors", unet_steps=0)
+    assert LatentDiffusion.load(tmp_path / "m.safetensors", "cpu").config.scale_factor != 1.0
+
+
 def test_the_decoder_alone_goes_on_from_latents_that_stay(tmp_path):
     small_training(tmp_path / "m.safetensors")
     small_training(tmp_path / "n.safetensors", weights=tmp_path / "m.safetensors", decoder_steps=4,

@@ -2221,6 +2221,8 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
         trainer.train_vae("decoder", decoder_steps, vae_batch)
     if unet_steps:
         trainer.train_unet(unet_steps, unet_batch)
+    elif trainer.rank == 0:
+        ldm.save(out, torch.float16)         # once more, with the latents' scale
     if world > 1:
         torch.distributed.destroy_process_group()
 
