@@ -1120,8 +1120,8 @@ SAMPLERS = {
 # the config and the tokenizer, so that the file is the whole model. Below the class stands what
 # meets the outside world: files, settings, devices. Whatever is wrong there is said in one line.
 
-HERE = Path(globals().get("__file__", "")).parent     # cells in a notebook have no file
-BUILT_IN = HERE / "weights" / "shapes.safetensors"
+# (Cells in a notebook have no file: then the weights are looked for where it runs.)
+BUILT_IN = Path(globals().get("__file__", "")).parent / "weights" / "shapes.safetensors"
 Prompt = str | list[str] | Tensor                    # one, several, or context [n, L, D]
 Picture = Image.Image | Tensor
 
@@ -2157,6 +2157,25 @@ def read_checkpoint(out: Path, run: list[str]) -> dict | None:
     return None
 
 
+def check_training(out: Path, dtype: torch.dtype, **counts: int) -> None:
+    """Raises InputError for what can't be trained; counts: the seed, the steps, the batches."""
+    least = {"seed": 0, "decoder_steps": 0, "unet_steps": 0}
+    for name, value in counts.items():
+        low, high = least.get(name, 1), 2**14 if "batch" in name else 2**31
+        if not low <= value <= high:
+            raise InputError(f"{name} must be from {low} to {high}, not {value}")
+    if dtype == torch.float16:
+        raise InputError("gradients are too small for float16; train in float32 or bfloat16")
+    if out.suffix != ".safetensors":
+        raise InputError(f"a model is written to a .safetensors file; {out} does not end so")
+    if not out.parent.is_dir():
+        raise InputError(f"the folder {out.parent} does not exist; make it first")
+    vae_batch, unet_batch, world = counts["vae_batch"], counts["unet_batch"], rank_and_world()[1]
+    if vae_batch % world or unet_batch % world:
+        raise InputError(f"batches of {vae_batch} and {unet_batch} pictures can't be shared evenly "
+                         f"among {world} processes; choose multiples of {world}")
+
+
 def train(source: str, out: str | Path, *, weights: str | Path | None = None, vae_steps: int = 4400,
           decoder_steps: int = 0, unet_steps: int = 20000, vae_batch: int = 64,
           unet_batch: int = 128, seed: int = 0, device: str = "auto",
@@ -2169,23 +2188,10 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     stands. Raises InputError.
     """
     out, device, run = Path(out), pick_device(device), [source, str(weights or ""), str(seed)]
-    for name, value, low, high in (
-            ("seed", seed, 0, 2**31), ("vae_steps", vae_steps, 1, 2**31),
-            ("decoder_steps", decoder_steps, 0, 2**31), ("unet_steps", unet_steps, 0, 2**31),
-            ("vae_batch", vae_batch, 1, 2**14), ("unet_batch", unet_batch, 1, 2**14)):
-        if not low <= value <= high:
-            raise InputError(f"{name} must be from {low} to {high}, not {value}")
-    if dtype == torch.float16:
-        raise InputError("gradients are too small for float16; train in float32 or bfloat16")
-    if out.suffix != ".safetensors":
-        raise InputError(f"a model is written to a .safetensors file; {out} does not end so")
-    if not out.parent.is_dir():
-        raise InputError(f"the folder {out.parent} does not exist; make it first")
+    check_training(out, dtype, seed=seed, vae_steps=vae_steps, decoder_steps=decoder_steps,
+                   unet_steps=unet_steps, vae_batch=vae_batch, unet_batch=unet_batch)
     keep_freed_memory()
     world = rank_and_world()[1]
-    if vae_batch % world or unet_batch % world:
-        raise InputError(f"batches of {vae_batch} and {unet_batch} pictures can't be shared evenly "
-                         f"among {world} processes; choose multiples of {world}")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
@@ -2381,20 +2387,21 @@ def jobs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
     if args.output is None or args.prompt or args.film or args.attention:
         raise InputError("--prompts needs -o FOLDER, and goes without a prompt, --film and "
                          "--attention")
-    jobs = [argparse.Namespace(**{**vars(args), "prompt": line, "output": None})
-            for line in read_text(Path(args.prompts)).splitlines()]
-    for number, job in enumerate(jobs, 1):
-        name = f"{number:04}-{picture_path(job, args.seed)}" if job.prompt.strip() else ""
-        job.output = str(Path(args.output) / name)
-    return [job for job in jobs if job.prompt.strip()]
+    jobs = []
+    for number, line in enumerate(read_text(Path(args.prompts)).splitlines(), 1):
+        if line.strip():
+            job = argparse.Namespace(**{**vars(args), "prompt": line, "output": None})
+            job.output = str(Path(args.output) / f"{number:04}-{picture_path(job, args.seed)}")
+            jobs.append(job)
+    if not jobs:
+        raise InputError(f"{args.prompts} holds no prompt; write one on each line")
+    return jobs
 
 
 def make_pictures(args: argparse.Namespace) -> None:
     """What the command does without --train. With `torchrun --nproc-per-node N`, every Nth prompt
     of --prompts."""
     jobs = [(job, check_paths(job)) for job in jobs_of(args)]
-    if not jobs:
-        raise InputError(f"{args.prompts} holds no prompt; write one on each line")
     image, mask = (None if f is None else open_image(f) for f in (args.image, args.mask))
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
     image, mask = fit_pictures(image, mask, ldm.config.stride, args.width, args.height)
