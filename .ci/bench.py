@@ -1,11 +1,11 @@
-"""Prints the tables of speed and memory that the README shows, each measured in one run.
+"""Prints tables of speed and memory, each measured in one run.
 
-    python .ci/bench.py unet        a guided step of Stable Diffusion 1.x, beside diffusers and OpenVINO
-    python .ci/bench.py vae         the decoding of a 512 x 512 picture, beside the same
-    python .ci/bench.py memory      of a 512 x 512 picture, and of loading
-    python .ci/bench.py steps       the error against the network calls, beside diffusers' schedulers
-    python .ci/bench.py shapes      the built-in model: pictures a second, cold start
-    python .ci/bench.py train       pictures a second in training, with one process and two
+    python .ci/bench.py unet      a guided step of Stable Diffusion 1.x, beside diffusers, OpenVINO
+    python .ci/bench.py vae       the decoding of a 512 x 512 picture, beside the same
+    python .ci/bench.py memory    of a 512 x 512 picture, and of loading
+    python .ci/bench.py steps     the error against the network calls, beside diffusers' schedulers
+    python .ci/bench.py shapes    the built-in model: pictures a second, cold start
+    python .ci/bench.py train     pictures a second in training, with one process and two
 
 `--device cuda` runs the first two on a GPU, `--rounds N` says how often each is measured, and
 `--dtypes float32` limits the precisions. What is not installed (diffusers, transformers, openvino)
@@ -22,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
@@ -105,24 +107,27 @@ def ceiling_engine(shape):
 
 CEILINGS = {"matrix product": 4 * 2 * 4096**3 / 1e9,
             "convolution": 32 * 2 * 2 * 64 * 64 * 320 * 320 * 9 / 1e9}
+
+
+class Engine(NamedTuple):
+    load: Callable
+    devices: tuple = ("cpu", "cuda")
+    needs: tuple = ()                # packages
+
+    def is_there(self, device):
+        return device in self.devices and all(map(find_spec, self.needs))
+
+
 ENGINES = {
-    "tiny_ldm": tiny_ldm_engine,
-    "tiny_ldm --compile": lambda *a: tiny_ldm_engine(*a, compiled=True),
-    "diffusers as installed": diffusers_engine,
-    "diffusers, our allocator settings": diffusers_engine,
-    "diffusers, compiled": lambda *a: diffusers_engine(*a, compiled=True),
-    "OpenVINO": openvino_engine,
-    **{name: ceiling_engine(name) for name in CEILINGS}}
-
-
-def there(engine, device):
-    if engine == "OpenVINO":
-        return device == "cpu" and find_spec("openvino") and find_spec("diffusers")
-    if engine == "diffusers, our allocator settings" and device != "cpu":
-        return False
-    if engine == "diffusers, compiled" and device == "cpu":      # an hour more of compiling
-        return False
-    return not engine.startswith("diffusers") or find_spec("diffusers")
+    "tiny_ldm": Engine(tiny_ldm_engine),
+    "tiny_ldm --compile": Engine(partial(tiny_ldm_engine, compiled=True)),
+    "diffusers as installed": Engine(diffusers_engine, needs=("diffusers",)),
+    "diffusers, our allocator settings": Engine(diffusers_engine, ("cpu",), ("diffusers",)),
+    # (on a CPU this would compile for an hour)
+    "diffusers, compiled": Engine(partial(diffusers_engine, compiled=True), ("cuda",),
+                                  ("diffusers",)),
+    "OpenVINO": Engine(openvino_engine, ("cpu",), ("diffusers", "openvino")),
+    **{name: Engine(ceiling_engine(name)) for name in CEILINGS}}
 
 
 def work(engine, part, dtype, device, folder):
@@ -133,7 +138,7 @@ def work(engine, part, dtype, device, folder):
     folder = Path(folder)
     with torch.no_grad():
         begin = time.perf_counter()
-        call = ENGINES[engine](folder, part, getattr(torch, dtype), device)
+        call = ENGINES[engine].load(folder, part, getattr(torch, dtype), device)
         if engine in CEILINGS:
             keep_freed_memory()
 
@@ -204,7 +209,7 @@ class Process:
 def compare(part, args, folder):
     for dtype in args.dtypes:
         processes = []
-        for engine in filter(lambda engine: there(engine, args.device), ENGINES):
+        for engine in [name for name, e in ENGINES.items() if e.is_there(args.device)]:
             processes.append(p := Process(engine, part, dtype, args.device, folder))
             p.first, p.error, p.memory = map(float, p.line().split()[1:])
         rounds = [[p.seconds() for p in processes] for _ in range(args.rounds)]
@@ -215,7 +220,8 @@ def compare(part, args, folder):
         print(f"\n{part}, {dtype}, {args.device}: medians of {args.rounds}; ceiling: " + ", ".join(
             f"{name} {speed:.0f} GFLOP/s" for name, speed in speeds.items()) + "\n")
         print("| | seconds | tiny_ldm's time over this | share of the ceiling | with loading, "
-              "the first call | difference from tiny_ldm |" + " GPU memory |" * (args.device != "cpu"))
+              "the first call | difference from tiny_ldm |"
+              + " GPU memory |" * (args.device != "cpu"))
         print("|---|---|---|---|---|---|" + "---|" * (args.device != "cpu"))
         for p in processes:
             if p.engine not in CEILINGS:
@@ -230,7 +236,8 @@ def compare(part, args, folder):
 
 PICTURE = {"tiny_ldm": """
 import sys, torch, tiny_ldm
-ldm = tiny_ldm.LatentDiffusion.load(sys.argv[1] + "/t.safetensors", "cpu", getattr(torch, sys.argv[2]))
+file, dtype = sys.argv[1] + "/t.safetensors", getattr(torch, sys.argv[2])
+ldm = tiny_ldm.LatentDiffusion.load(file, "cpu", dtype)
 ldm.generate("", "", steps=2, progress=False)
 """, "diffusers": """
 import sys, torch, diffusers, transformers
@@ -291,23 +298,15 @@ def memory(args, folder):
 def steps(args, folder):
     """The distance (root mean square) of a walk's end from that of 1000 steps of DDIM, for eight
     prompts, on the built-in model."""
-    import diffusers
     import torch
+    import test_tiny_ldm as tests
     import tiny_ldm
     ldm = tiny_ldm.LatentDiffusion.load(device="cpu")
     prompts = [tiny_ldm.ShapesData(64, 10**6).item(i)[1] for i in range(8)]
     start = torch.cat([torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(i))
                        for i in range(8)])
-    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    theirs = {
-        "ddim": diffusers.DDIMScheduler(**schedule, steps_offset=1, clip_sample=False,
-                                        set_alpha_to_one=False),
-        "plms": diffusers.PNDMScheduler(**schedule, steps_offset=1, skip_prk_steps=True),
-        "euler": diffusers.EulerDiscreteScheduler(**schedule),
-        "dpmpp_2m": diffusers.DPMSolverMultistepScheduler(**schedule, final_sigmas_type="zero"),
-        "dpmpp_2m_karras": diffusers.DPMSolverMultistepScheduler(
-            **schedule, final_sigmas_type="zero", use_karras_sigmas=True)}
     context = torch.cat([ldm.encode_text([""] * 8), ldm.encode_text(prompts)])
+    scale = ldm.config.guidance_scale
 
     @torch.no_grad()
     def walk(scheduler, calls):
@@ -316,21 +315,21 @@ def steps(args, folder):
         for t in scheduler.timesteps:
             inputs = scheduler.scale_model_input(torch.cat([x, x]), t)
             without, with_prompt = ldm.unet(inputs, t.expand(16), context).chunk(2)
-            eps = tiny_ldm.eps_from_v(inputs[:8], without + 2 * (with_prompt - without),
+            eps = tiny_ldm.eps_from_v(inputs[:8], without + scale * (with_prompt - without),
                                       ldm.alphas_cumprod[t.round().long()].item())
             x = scheduler.step(eps, t, x).prev_sample
         return x
 
     def ours(sampler, calls):
-        *_, last = ldm.denoise(prompts, steps=calls, sampler=sampler, guidance_scale=2.0,
-                               latents=start)
+        *_, last = ldm.denoise(prompts, steps=calls, sampler=sampler, latents=start)
         return last.x
 
     exact, counts = ours("ddim", 1000), (5, 10, 20, 50)
     error = lambda x: (x - exact).square().mean().sqrt().item()
     print("\nDistance from the end of 1000 steps of DDIM: tiny_ldm / diffusers\n")
     print("| sampler | " + " | ".join(f"{n} calls" for n in counts) + " |\n|---" + "|---" * 4 + "|")
-    for name, scheduler in theirs.items():
+    for name in ("ddim", "plms", "euler", "dpmpp_2m", "dpmpp_2m_karras"):
+        scheduler = tests.reference_scheduler(name)
         less = name == "plms"              # its first step calls twice
         row = [f"{error(ours(name, n - less)):.3f} / {error(walk(scheduler, n - less)):.3f}"
                for n in counts]

@@ -74,7 +74,7 @@ def check_the_file(path: Path) -> list[str]:
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".ipynb") as file:
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
         nbformat.write(book, file.name)
-        wrong = [w for w in check(Path(file.name), write=True) if w]
+        wrong = check(Path(file.name), write=True)
         if not wrong and "picture" not in kinds(nbformat.read(file.name, 4).cells[-1]):
             wrong.append("no picture comes of its cells")
     return wrong
