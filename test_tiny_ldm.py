@@ -1071,6 +1071,13 @@ def test_a_training_without_stage_2_stores_the_latents_scale(tmp_path):
     assert LatentDiffusion.load(tmp_path / "m.safetensors", "cpu").config.scale_factor != 1.0
 
 
+def test_a_finished_training_called_again_without_stage_2_leaves_its_model(tmp_path):
+    small_training(tmp_path / "m.safetensors")
+    before = (tmp_path / "m.safetensors").read_bytes()
+    small_training(tmp_path / "m.safetensors", unet_steps=0)
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+
+
 def test_the_decoder_alone_goes_on_from_latents_that_stay(tmp_path):
     small_training(tmp_path / "m.safetensors")
     small_training(tmp_path / "n.safetensors", weights=tmp_path / "m.safetensors", decoder_steps=4,

@@ -2064,6 +2064,8 @@ class Trainer:
             latents = torch.cat([vae.encode(self.images(i, 64)[0])[0] for i in range(16)])
             average(moments := [latents.mean(), (latents**2).mean()], self.world)
         self.ldm.config = replace(c, scale_factor=(moments[1] - moments[0] ** 2).item() ** -0.5)
+        if self.rank == 0:
+            self.ldm.save(self.out, torch.float16)        # once more, now with the scale
 
     @torch.no_grad()
     def encoded(self, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -2227,8 +2229,6 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
         trainer.train_vae("decoder", decoder_steps, vae_batch)
     if unet_steps:
         trainer.train_unet(unet_steps, unet_batch)
-    elif trainer.rank == 0:
-        ldm.save(out, torch.float16)         # once more, with the latents' scale
     if world > 1:
         torch.distributed.destroy_process_group()
 
