@@ -2720,6 +2720,18 @@ def test_same_in_same_out(tiny, built_in):
         assert np.abs(np.array(alone) - plain).max() <= 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_makes_the_pictures_of_the_cpu(tiny, built_in):
+    """In float32 no pixel differs by more than 1 of 256, whatever the sampler."""
+    for ldm in (tiny, built_in):
+        both = [copy.deepcopy(ldm).to(device) for device in ("cpu", "cuda")]
+        for sampler in tiny_ldm.SAMPLERS:
+            pictures = [model.generate(["a red circle", "two blue stars"], sampler=sampler,
+                                       steps=25, progress=False) for model in both]
+            here, there = (np.stack(p).astype(int) for p in pictures)
+            assert np.abs(here - there).max() <= 1, sampler
+
+
 def test_the_command_makes_the_same_file_in_every_run_and_count(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make = lambda *args: tiny_ldm.main(["a red circle", "--steps", "3", *args])
