@@ -1186,7 +1186,9 @@ def test_prompts_that_can_not_be_made_are_refused(arguments, words, tmp_path, mo
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 def test_compiled_networks_make_the_same_pictures():
-    """The smallest that have every part, since compiling takes long; within 1 level."""
+    """The smallest that have every part, since compiling takes long; within 1 level. And the
+    weights are packed."""
+    from torch._dynamo.utils import counters
     ldm = tiny_model(vae=replace(TINY.vae, channel_mult=(1, 2)), image_size=16,
                      unet=replace(TINY.unet, channel_mult=(1,), attention=(True,)))
     settings = dict(steps=2, seed=3, progress=False)
@@ -1195,6 +1197,8 @@ def test_compiled_networks_make_the_same_pictures():
     compiled, = ldm.generate("a circle", **settings)
     difference = np.abs(np.asarray(plain, int) - np.asarray(compiled, int))
     assert np.asarray(plain).std() > 1 and difference.max() <= 1
+    if tiny_ldm.HAS_MKL:
+        assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] > 20
 
 
 def test_a_missing_compiler_is_one_line(tmp_path):

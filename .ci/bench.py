@@ -7,9 +7,10 @@
     python .ci/bench.py shapes    the built-in model: pictures a second, cold start
     python .ci/bench.py train     pictures a second in training, with one process and two
 
-`--device cuda` runs the first two on a GPU, `--rounds N` says how often each is measured, and
-`--dtypes float32` limits the precisions. What is not installed (diffusers, transformers, openvino)
-is left out. Weights are synthetic, so nothing is downloaded; 8 GB of disk are used on the way.
+`--device cuda` runs all but memory and steps on a GPU, `--rounds N` says how often each is measured,
+and `--dtypes float32` limits the precisions. What is not installed (diffusers, transformers,
+openvino) is left out. Weights are synthetic, so nothing is downloaded; 8 GB of disk are used on the
+way.
 
 Every engine is a process of its own that has loaded its model and waits; they take turns, so that a
 slow minute of the machine hits all of them. Given are medians.
@@ -370,20 +371,46 @@ def shapes(args, folder):
           f"`import torch` ({torch_alone:.2f} s)")
 
 
+def gflop_of_training():
+    """What stage 2 computes for one picture, forward and backward, as PyTorch counts it."""
+    import torch
+    import tiny_ldm
+    from torch.utils.flop_counter import FlopCounterMode
+    ldm = tiny_ldm.LatentDiffusion.load(device="cpu").requires_grad_(True)
+    side = ldm.config.image_size // ldm.config.latent_stride
+    with FlopCounterMode(display=False) as counter:
+        x0, t = torch.randn(2, 4, side, side), torch.tensor([100, 900])
+        context = ldm.text_encoder(ldm.tokenizer(["a red circle"] * 2))
+        tiny_ldm.diffusion_loss(ldm.unet, x0, context, ldm.alphas_cumprod, ldm.config.prediction,
+                                t, torch.randn_like(x0)).backward()
+    return counter.get_total_flops() / 2 / 1e9
+
+
 def train(args, folder):
     """Parses what the command itself shows."""
-    print("\nTraining the built-in model, 128 pictures a step: pictures a second\n")
-    print("| | 1 process | 2 processes |\n|---|---|---|")
+    import torch
+    gflop = gflop_of_training()
+    print(f"\nTraining the built-in model, 128 pictures a step, {gflop:.2f} GFLOP a picture: "
+          "pictures a second\n")
+    print("| | 1 process | 2 processes | share of the ceiling |\n|---|---|---|---|")
     for dtype in args.dtypes:
-        row = []
+        row, ceiling = [], 0
+        for name, work_done in CEILINGS.items():
+            p = Process(name, "unet", dtype, args.device, folder)
+            p.line()
+            ceiling = max(ceiling, work_done / min(p.seconds() for _ in range(3)))
+            p.process.kill()
         for processes in (1, 2):
+            if args.device == "cuda" and processes > torch.cuda.device_count():
+                row.append("no GPU")
+                continue
             speeds = []
             for n in range(args.rounds):
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node", str(processes), str(HERE / "tiny_ldm.py"), "--train",
                            "shapes", "-o", str(folder / f"{dtype}{processes}{n}.safetensors"),
                            "--weights", str(HERE / "weights/shapes.safetensors"), "--unet-steps",
-                           "60", "--dtype", dtype]
+                           "60", "--dtype", dtype, "--device", args.device]
                 threads = str(max(1, os.cpu_count() // processes))
                 done = subprocess.run(command, capture_output=True, text=True,
                                       env={**os.environ, "OMP_NUM_THREADS": threads})
@@ -396,7 +423,8 @@ def train(args, folder):
                 seconds = 60 * 128 / at[60] - half * 128 / at[half]
                 speeds.append((60 - half) * 128 / seconds)
             row.append(f"{statistics.median(speeds):.0f}")
-        print(f"| {dtype} | " + " | ".join(row) + " |", flush=True)
+        share = max(float(cell) for cell in row if cell != "no GPU") * gflop / ceiling
+        print(f"| {dtype} | " + " | ".join(row) + f" | {100 * share:.0f} % |", flush=True)
 
 
 def main():
