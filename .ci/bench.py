@@ -12,8 +12,8 @@ and `--dtypes float32` limits the precisions. What is not installed (diffusers, 
 openvino) is left out. Weights are synthetic, so nothing is downloaded; 8 GB of disk are used on the
 way.
 
-Every engine is a process of its own that has loaded its model and waits; they take turns, so that a
-slow minute of the machine hits all of them. Given are medians.
+Every engine is a process of its own that has loaded its model and waits. tiny_ldm and another take
+turns, so that a slow minute of the machine hits both. Given are medians.
 """
 import argparse
 import json
@@ -210,32 +210,47 @@ class Process:
         return float(self.line())
 
 
+class Result(NamedTuple):
+    seconds: float
+    first: float
+    error: float
+    memory: float
+
+
+def in_turns(engines, part, dtype, args, folder):
+    """{engine: Result}, of engines that take turns."""
+    processes = []
+    for engine in engines:
+        processes.append(p := Process(engine, part, dtype, args.device, folder))
+        p.ready = map(float, p.line().split()[1:])
+    rounds = [[p.seconds() for p in processes] for _ in range(args.rounds)]
+    for p in processes:
+        p.process.kill()
+        p.process.wait()
+    return {p.engine: Result(statistics.median(column), *p.ready)
+            for p, column in zip(processes, zip(*rounds))}
+
+
 def compare(part, args, folder):
+    """tiny_ldm beside one other at a time: all of them at once would need 30 GB of memory."""
     for dtype in args.dtypes:
-        processes = []
-        for engine in [name for name, e in ENGINES.items() if e.is_there(args.device)]:
-            processes.append(p := Process(engine, part, dtype, args.device, folder))
-            p.first, p.error, p.memory = map(float, p.line().split()[1:])
-        rounds = [[p.seconds() for p in processes] for _ in range(args.rounds)]
-        medians = {p.engine: statistics.median(column)
-                   for p, column in zip(processes, zip(*rounds))}
-        speeds = {name: gflop / medians[name] for name, gflop in CEILINGS.items()}
-        ceiling = max(speeds.values())
+        found = in_turns(["tiny_ldm", *CEILINGS], part, dtype, args, folder)
+        speeds = {name: gflop / found[name].seconds for name, gflop in CEILINGS.items()}
         print(f"\n{part}, {dtype}, {args.device}: medians of {args.rounds}; ceiling: " + ", ".join(
             f"{name} {speed:.0f} GFLOP/s" for name, speed in speeds.items()) + "\n")
+        on_gpu = args.device != "cpu"
         print("| | seconds | tiny_ldm's time over this | share of the ceiling | with loading, "
-              "the first call | difference from tiny_ldm |"
-              + " GPU memory |" * (args.device != "cpu"))
-        print("|---|---|---|---|---|---|" + "---|" * (args.device != "cpu"))
-        for p in processes:
-            if p.engine not in CEILINGS:
-                m = medians[p.engine]
-                print(f"| {p.engine} | {m:.3g} | {medians['tiny_ldm'] / m:.2f} | "
-                      f"{100 * GFLOP[part] / m / ceiling:.0f} % | {p.first:.0f} s | {p.error:.1e} |"
-                      + f" {p.memory / 1e9:.2f} GB |" * (args.device != "cpu"), flush=True)
-        for p in processes:
-            p.process.kill()
-            p.process.wait()
+              "the first call | difference from tiny_ldm |" + " GPU memory |" * on_gpu)
+        print("|---|---|---|---|---|---|" + "---|" * on_gpu)
+        others = [name for name, e in ENGINES.items()
+                  if e.is_there(args.device) and name not in ("tiny_ldm", *CEILINGS)]
+        for other in ["tiny_ldm", *others]:
+            if other != "tiny_ldm":
+                found = in_turns(["tiny_ldm", other], part, dtype, args, folder)
+            it = found[other]
+            print(f"| {other} | {it.seconds:.3g} | {found['tiny_ldm'].seconds / it.seconds:.2f} | "
+                  f"{100 * GFLOP[part] / it.seconds / max(speeds.values()):.0f} % | {it.first:.0f} "
+                  f"s | {it.error:.1e} |" + f" {it.memory / 1e9:.2f} GB |" * on_gpu, flush=True)
 
 
 PICTURE = {"tiny_ldm": """
