@@ -381,7 +381,7 @@ class Linear(nn.Linear):
 
     On x86 processors in float32 it is asked for as a convolution of one pixel, the same sum: those
     PyTorch gives to oneDNN, but matrix products to Intel's MKL, which on AMD's processors runs at
-    less than half their speed: a step of SD 1.x takes 22 % less time there.
+    less than half their speed: a step of SD 1.x takes a fifth less time there.
     """
 
     def forward(self, x: Tensor) -> Tensor:
