@@ -380,6 +380,14 @@ def test_attention_is_softmax_written_out(causal, context_dim):
     torch.testing.assert_close(m(x, context), m.out(torch.cat(heads, -1)))
 
 
+def test_causal_attention_in_half_precision_is_so_for_long_prompts_too():
+    """bfloat16 takes long sequences in blocks of queries."""
+    layer, x = tiny_ldm.Attention(16, 2, causal=True), torch.randn(1, 600, 16)
+    with torch.no_grad():
+        exact, rounded = layer(x), layer.bfloat16()(x.bfloat16()).float()
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
 def test_norm_epsilons_and_padding_are_the_originals():
     with torch.device("meta"):
         unet, vae = tiny_ldm.UNet(SD1.unet, 768), tiny_ldm.VAE(SD1.vae)
@@ -467,6 +475,7 @@ def test_tokenizer_cuts_and_says_so(tiny, capsys):
     message = "tiny_ldm: the prompt is longer than 14 tokens; cut off: 'red the end'\n"
     assert capsys.readouterr().err == message
     assert tiny.tokenizer.unknown_words("A RED astronaut") == ["astronaut"]
+    assert torch.equal(tiny.tokenizer("a ring"), tiny.tokenizer(["a ring"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -796,6 +805,17 @@ def test_latents_are_checked_at_the_door(tiny, latents):
         tiny.denoise("a", latents=torch.zeros(latents))
 
 
+@pytest.mark.parametrize("prompt, settings, words", [
+    ([], {}, "there is no prompt"),
+    (torch.zeros(16, 32), {}, "a context must be"),
+    ("a", dict(image=torch.zeros(2, 3, 32, 32)), "2 images for 1 pictures"),
+    ("a", dict(image=torch.zeros(1, 3, 32, 32), mask=torch.zeros(1, 1, 32, 32)), "must be bool"),
+    ("a", dict(image=torch.zeros(1, 3, 32, 32), mask=torch.zeros(32, 32).bool()), "a mask tensor")])
+def test_tensors_are_checked_at_the_door(tiny, prompt, settings, words):
+    with pytest.raises(InputError, match=words):
+        tiny.generate(prompt, steps=1, progress=False, **settings)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m", "plms"])
 def test_outside_the_mask_every_pixel_stays(tiny, sampler):
     image, mask = gradient(48, 32), Image.new("L", (48, 32))
@@ -1052,14 +1072,16 @@ def test_torchrun_shares_a_training_and_a_batch_that_can_t_be_shared_is_refused(
     assert ended.returncode != 0 and not list(tmp_path.iterdir())
 
 
-def test_training_on_a_folder_then_from_its_weights(tmp_path):
+def test_training_on_a_folder_then_from_its_weights(tmp_path, capsys):
     for i, suffix in enumerate(("png", "jpg", "webp")):
         scene, picture = random_picture(i)
         picture.resize((50, 40)).save(tmp_path / f"p{i}.{suffix}")
         (tmp_path / f"p{i}.txt").write_text(caption_of(scene))
     small_training(tmp_path / "m.safetensors", str(tmp_path))
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "p0.png", "text": "a red circle"}\n')
+    line = '{"file_name": "p0.png", "text": "a red circle"}\n'
+    (tmp_path / "metadata.jsonl").write_text(3 * line)
     small_training(tmp_path / "n.safetensors", str(tmp_path), weights=tmp_path / "m.safetensors")
+    assert "3 of 4 pictures" in capsys.readouterr().err     # the fourth shows samples of m
     m, n = (LatentDiffusion.load(tmp_path / f"{x}.safetensors", "cpu") for x in "mn")
     same = {k: torch.equal(v, n.state_dict()[k]) for k, v in m.state_dict().items()}
     assert all(same[k] for k in same if k.startswith("vae.")) and not all(same.values())
@@ -1167,6 +1189,10 @@ def test_prompts_are_shared_among_processes_and_each_picture_is_that_of_its_own_
     alone = run("two blue stars", *settings, "-o", "a.png", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     assert (tmp_path / "a.png").read_bytes() == (out / lines[0]).read_bytes()
+    (tmp_path / "p.txt").write_text("a red circle")
+    two = run("--prompts", "p.txt", *settings, "-n", 2, "-o", "out", cwd=tmp_path)
+    assert [line.rpartition("-")[2] for line in two.stdout.split()] == ["4.png", "5.png"]
+    assert "circle-5.png" in two.stdout
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -1197,6 +1223,8 @@ def test_compiled_networks_make_the_same_pictures():
     compiled, = ldm.generate("a circle", **settings)
     difference = np.abs(np.asarray(plain, int) - np.asarray(compiled, int))
     assert np.asarray(plain).std() > 1 and difference.max() <= 1
+    with pytest.raises(InputError, match="can't be looked into"), ldm.attention():
+        pass
     if tiny_ldm.HAS_MKL:
         assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] > 20
 
@@ -1254,6 +1282,8 @@ def bad_files(tmp_path_factory):
             ("ints", {**tensors, bias: torch.zeros(4, dtype=torch.int32)})):
         save_file(changed, d / f"{name}.safetensors", metadata)
     save_file(tensors, d / "config.safetensors", {**metadata, "config": "{"})
+    groups = metadata["config"].replace('"norm_groups": ', '"norm_groups": -')
+    save_file(tensors, d / "groups.safetensors", {**metadata, "config": groups})
     save_file(tensors, d / "words.safetensors", {**metadata, "tokenizer": "{}"})
     for name, text in (("p", ""),
                        ("odd", "a cat\nSteps: 2, Sampler: Euler a, Seed: 1, Size: 64x64"),
@@ -1285,6 +1315,7 @@ BAD = [
     (["a", "-o", "x.png", "--film", "x.png"], "x.png is a folder, or the name of another picture"),
     (["a", "-n", "2", "-o", "x.png", "--film", "x-1.png"], "x-1.png is a folder, or the name of"),
     (["a", "--image", "p.png", "-o", "p.png"], "p.png is a folder, or the name of another"),
+    (["a", "--image", "./p.png", "-o", "p.png"], "p.png is a folder, or the name of another"),
     (["a", "--weights", ""], "no weights file at ."),
     (["a", "--image", ""], "can't be read as a picture"),
     (["a", "--image", "p.png", "--mask", "text.safetensors"], "can't be read as a picture"),
@@ -1326,9 +1357,12 @@ BAD = [
     (["a", "--weights", "ints.safetensors"],
      "has no floating-point numbers in 1 of 384 tensors: unet.conv_out.bias"),
     (["a", "--weights", "config.safetensors"], "config.safetensors is damaged or no .safetensors"),
+    (["a", "--weights", "groups.safetensors"], "groups.safetensors is damaged or no .safetensors"),
     (["a", "--weights", "words.safetensors"], "words.safetensors is damaged or no .safetensors"),
     (["--train", "shapes"], "--train needs -o FILE"),
     (["--train", "shapes", "-o", "nowhere/x.safetensors"], "the folder nowhere does not exist"),
+    (["--train", "shapes", "-o", "x.safetensors", "--save-minutes", "nan"],
+     "save_minutes must be at least 0, not nan"),
     (["--train", "nowhere", "-o", "x.safetensors"], "no folder nowhere to train on"),
     (["--train", "empty", "-o", "x.safetensors"], "no captioned pictures in empty"),
     (["--train", "unreadable", "-o", "x.safetensors"],

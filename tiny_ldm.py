@@ -85,18 +85,24 @@ def blaming(what: str, cure: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")       # one line is enough
             yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as e:
         kind = "" if isinstance(e, OSError) else f"{type(e).__name__}: "
         raise InputError(f"{what} ({kind}{shortened(str(e))}); {cure}") from None
 
 
+def shortened(text: str, width: int = 60) -> str:
+    """The beginning of a text, for a message of one line; what can't be seen is escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
 # %% 1. Config
 # --------------------------------------------------------------------------------------------------
-# Every number of every network stands here and nowhere else. Stable Diffusion 1.x is one instance
-# of these classes (`SD1`), the small model built into this repository another (`SHAPES`), so
-# whatever you learn on the small one holds for the large one.
+# Every number in which models differ stands here and nowhere else. Stable Diffusion 1.x is one
+# instance of these classes (`SD1`), the small model built into this repository another (`SHAPES`),
+# so whatever you learn on the small one holds for the large one.
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -109,8 +115,8 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    channels: int = 128           # at full resolution; multiplied by the next line at each halving
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)   # three halvings between four levels: f = 8
+    channels: int = 128           # at full resolution; a level has this times its number below
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)   # three halvings between four levels
     num_res_blocks: int = 2       # ResBlocks a level (the decoder has one more)
     latent_channels: int = 4      # 512 x 512 x 3 numbers become 64 x 64 x 4: 48 times fewer
     norm_groups: int = 32
@@ -158,7 +164,7 @@ class Config:
 
     @property
     def latent_stride(self) -> int:
-        """Pixels a latent: 8 in SD 1.x."""
+        """Pixels a latent along each side: 8 in SD 1.x."""
         return 2 ** (len(self.vae.channel_mult) - 1)
 
     @property
@@ -216,42 +222,41 @@ def make_alphas_cumprod(config: ScheduleConfig) -> Tensor:
     """
     roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps,
                            dtype=torch.float64, device="cpu")
-    betas = roots**2
-    return torch.cumprod(1 - betas, dim=0)      # ᾱₜ = Π (1 − βₛ), s = 0 ... t
+    return torch.cumprod(1 - roots**2, dim=0)      # ᾱₜ = Π (1 − βₛ), s = 0 ... t
 
 
-def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> Tensor:
     """xₜ = √ᾱₜ x₀ + √(1−ᾱₜ) ε.  x0, eps [B, ...]; alpha_bar a number or a tensor that broadcasts,
     as in all these."""
     return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
 
 
-def x0_from_eps(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+def x0_from_eps(x: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> Tensor:
     """x₀ = (xₜ − √(1−ᾱₜ) ε) / √ᾱₜ"""
     return (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
 
 
-def eps_from_x0(x: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
+def eps_from_x0(x: Tensor, x0: Tensor, alpha_bar: float | Tensor) -> Tensor:
     """ε = (xₜ − √ᾱₜ x₀) / √(1−ᾱₜ)"""
     return (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
 
 
-def v_from_eps(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+def v_from_eps(x0: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> Tensor:
     """v = √ᾱₜ ε − √(1−ᾱₜ) x₀"""
     return alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x0
 
 
-def eps_from_v(x: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
+def eps_from_v(x: Tensor, v: Tensor, alpha_bar: float | Tensor) -> Tensor:
     """ε = √ᾱₜ v + √(1−ᾱₜ) xₜ  (put the definitions of v and xₜ in: the x₀ cancel)"""
     return alpha_bar**0.5 * v + (1 - alpha_bar) ** 0.5 * x
 
 
-def x0_from_v(x: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
+def x0_from_v(x: Tensor, v: Tensor, alpha_bar: float | Tensor) -> Tensor:
     """x₀ = √ᾱₜ xₜ − √(1−ᾱₜ) v"""
     return alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * v
 
 
-def score_from_eps(eps: Tensor, alpha_bar: Tensor) -> Tensor:
+def score_from_eps(eps: Tensor, alpha_bar: float | Tensor) -> Tensor:
     """∇ log p(xₜ) = −ε / √(1−ᾱₜ)"""
     return -eps / (1 - alpha_bar) ** 0.5
 
@@ -274,10 +279,10 @@ def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod:
 # %% 3. Blocks
 # --------------------------------------------------------------------------------------------------
 # Four bricks. The VAE and the U-Net are ResBlocks between Downsamples and Upsamples, with Attention
-# in the low resolutions; the text encoder is Attention all the way. Pictures go in and out as
-# [B, C, H, W], sequences as [B, N, D]. Arguments hold what differs between the networks: above all
-# the epsilons and the padding, which are easy to get wrong and hard to see: the picture only gets a
-# little worse.
+# in the U-Net at all levels but the coarsest, and in the VAE in the middle alone; the text encoder
+# is Attention all the way. Pictures go in and out as [B, C, H, W], sequences as [B, N, D].
+# Arguments hold what differs between the networks: above all the epsilons and the padding, which
+# are easy to get wrong and hard to see: the picture only gets a little worse.
 #
 # Two ideas make networks this deep trainable at all. Residuals: a block adds to its input rather
 # than replaces it, so that gradients find a way past it (He et al. 2015, arXiv:1512.03385). Norms:
@@ -334,21 +339,21 @@ def norm_silu_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     channels, h, w = x.shape[1:]
 
     def mean_of(f: Callable[[Tensor], Tensor]) -> Tensor:
-        """The mean of f(x) over its group, for each channel: [B, C]."""
+        """The mean of f(x) over its group, for each channel: [B, C, 1, 1]."""
         sums = sum(f(part.float()).sum((2, 3)) for part in x.split(max(1, BAND // w), dim=2))
         groups = sums.unflatten(1, (norm.num_groups, -1)).mean(2) / (h * w)
-        return groups.repeat_interleave(channels // norm.num_groups, 1)
+        return groups.repeat_interleave(channels // norm.num_groups, 1)[..., None, None]
 
     mean = mean_of(lambda part: part)
-    var = mean_of(lambda part: (part - mean[..., None, None]) ** 2)
-    factor = norm.weight * (var + norm.eps).rsqrt()
-    shift = norm.bias - mean * factor
-    normed = lambda part: part * factor[..., None, None] + shift[..., None, None]
-    return in_bands(lambda part: conv(F.silu(normed(part)).to(x.dtype)), x)
+    factor = (mean_of(lambda part: (part - mean) ** 2) + norm.eps).rsqrt()
+    factor = factor * norm.weight[:, None, None]
+    shift = norm.bias[:, None, None] - mean * factor
+    return in_bands(lambda part: conv(F.silu(part * factor + shift).to(x.dtype)), x)
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + emb))): x [B, C, H, W] -> [B, C', H, W].
+    """skip(x) + conv(silu(norm(conv(silu(norm(x))) + linear(silu(emb))))): [B, C, H, W] ->
+    [B, C', H, W], where skip is a 1x1 convolution if C' is not C, and nothing otherwise.
 
     emb [B, E] is the timestep as a vector (section 6), for the U-Net alone; the VAE knows no time.
     eps is 1e-5 in the U-Net and 1e-6 in the VAE (CompVis openaimodel.py, model.py).
@@ -426,7 +431,8 @@ class Attention(nn.Module):
         # step of SD 1.x takes 23 % less time and training 40 %; in blocks, so that few of the N · L
         # weights are held at a time.
         if q.dtype == torch.bfloat16 and x.device.type == "cpu":
-            y = torch.cat([self.softmax(part, k) @ v for part in q.split(512, dim=2)], dim=2)
+            parts = [q] if self.causal else q.split(512, dim=2)
+            y = torch.cat([self.softmax(part, k) @ v for part in parts], dim=2)
         else:                   # the same in one call
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -478,12 +484,11 @@ class Level(nn.Module):
 
     def __init__(self, blocks: list[nn.Module], resample: nn.Module | None):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.Sequential(*blocks)
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         return x if self.resample is None else self.resample(x)
 
 
@@ -516,13 +521,13 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """image [B, 3, H, W] -> [B, 2·4, H/8, W/8]: mean and log-variance, one above the other."""
+    """image [B, 3, H, W] -> [B, 2·4, H/8, W/8], of which quant_conv makes mean and log-variance."""
 
     def __init__(self, c: VAEConfig):
         super().__init__()
         widths = [c.channels * mult for mult in c.channel_mult]
         self.conv_in = nn.Conv2d(3, c.channels, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down = nn.Sequential()
         for level, (i, o) in enumerate(zip([c.channels, *widths], widths)):
             blocks = [ResBlock(i if n == 0 else o, o, c.norm_groups, 1e-6)
                       for n in range(c.num_res_blocks)]
@@ -533,22 +538,20 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(o, 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return norm_silu_conv(self.norm_out, self.conv_out, self.mid(h))
+        h = self.mid(self.down(self.conv_in(x)))
+        return norm_silu_conv(self.norm_out, self.conv_out, h)
 
 
 class Decoder(nn.Module):
-    """latents [B, 4, h, w] -> image [B, 3, 8h, 8w]: the encoder mirrored, with one ResBlock more a
-    level."""
+    """What post_quant_conv makes of latents, [B, 4, h, w] -> image [B, 3, 8h, 8w]: the encoder
+    mirrored, with one ResBlock more a level."""
 
     def __init__(self, c: VAEConfig):
         super().__init__()
         widths = [c.channels * mult for mult in reversed(c.channel_mult)]
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], c.norm_groups)
-        self.up = nn.ModuleList()
+        self.up = nn.Sequential()
         for level, (i, o) in enumerate(zip([widths[0], *widths], widths)):
             blocks = [ResBlock(i if n == 0 else o, o, c.norm_groups, 1e-6)
                       for n in range(c.num_res_blocks + 1)]
@@ -557,9 +560,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(o, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for level in self.up:
-            h = level(h)
+        h = self.up(self.mid(self.conv_in(z)))
         return norm_silu_conv(self.norm_out, self.conv_out, h)
 
 
@@ -636,12 +637,12 @@ class Tokenizer:
         self.backend, self.max_length = backend, max_length
         self.bos, self.eos = backend.token_to_id(BOS), backend.token_to_id(EOS)
 
-    def __call__(self, prompts: list[str], warn: bool = True) -> Tensor:
+    def __call__(self, prompts: str | list[str], warn: bool = True) -> Tensor:
         """["a prompt", ...] -> LongTensor [B, L]. What does not fit is cut off, and with `warn` a
         line on stderr shows it."""
         rows = []
-        for prompt in prompts:
-            encoding = self.backend.encode(prompt, add_special_tokens=False)
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
+            encoding = self.backend.encode(prompt)
             ids, room = encoding.ids, self.max_length - 2
             if warn and len(ids) > room:
                 print(f"tiny_ldm: the prompt is longer than {room} tokens; cut off: "
@@ -652,8 +653,7 @@ class Tokenizer:
 
     def count_cut(self, captions: list[str]) -> None:
         """Says on stderr how many captions are too long."""
-        cut = sum(len(e.ids) > self.max_length - 2 for e in
-                  self.backend.encode_batch(captions, add_special_tokens=False))
+        cut = sum(len(e.ids) > self.max_length - 2 for e in self.backend.encode_batch(captions))
         if cut:
             print(f"tiny_ldm: {cut} of {len(captions)} captions are longer than "
                   f"{self.max_length - 2} tokens and are cut", file=sys.stderr)
@@ -662,17 +662,15 @@ class Tokenizer:
         """The words of a prompt that the vocabulary does not hold whole: for a small model, those
         it never met."""
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt))
-        return [w for w in words if len(self.backend.encode(w, add_special_tokens=False).ids) > 1
-                or self.backend.encode(w, add_special_tokens=False).ids == [self.eos]]
+        return [w for w in words if len(ids := self.backend.encode(w).ids) > 1 or ids == [self.eos]]
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """The words of a prompt, each with the places in L that its pieces have."""
-        encoding, found = self.backend.encode(prompt, add_special_tokens=False), {}
+        encoding, found = self.backend.encode(prompt), {}
         for place, word in enumerate(encoding.word_ids[: self.max_length - 2], 1):
             found.setdefault(word, []).append(place)
-        spans = [(encoding.offsets[p[0] - 1][0], encoding.offsets[p[-1] - 1][1], p)
-                 for p in found.values()]
-        return [(prompt[start:end], places) for start, end, places in spans]
+        at = encoding.offsets
+        return [(prompt[at[p[0] - 1][0] : at[p[-1] - 1][1]], p) for p in found.values()]
 
     @staticmethod
     def train(captions: list[str], vocab_size: int, max_length: int) -> "Tokenizer":
@@ -688,8 +686,7 @@ class Tokenizer:
         merged = ["".join(pair) for pair in merges]
         characters = sorted(backend.get_vocab().keys() - {BOS, EOS, *merged})
         tokens = dict.fromkeys([BOS, EOS, *characters, *merged])
-        vocab = {token: i for i, token in enumerate(tokens)}
-        return Tokenizer(clip_backend(vocab, merges), max_length)
+        return Tokenizer(clip_backend({t: i for i, t in enumerate(tokens)}, merges), max_length)
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -715,12 +712,6 @@ def backend_from_json(text: str) -> tokenizers.Tokenizer:
     tables = json.loads(text)["model"]
     merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in tables["merges"])
     return clip_backend(tables["vocab"], [tuple(pair) for pair in merges])
-
-
-def shortened(text: str, width: int = 60) -> str:
-    """The beginning of a text, for a message of one line; what can't be seen is escaped."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 class TextLayer(nn.Module):
@@ -749,14 +740,12 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(c.vocab_size, c.width)
         self.position_embedding = nn.Embedding(c.max_length, c.width)
-        self.layers = nn.ModuleList([TextLayer(c.width, c.num_heads) for _ in range(c.num_layers)])
+        self.layers = nn.Sequential(*(TextLayer(c.width, c.num_heads) for _ in range(c.num_layers)))
         self.norm = nn.LayerNorm(c.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+        return self.norm(self.layers(x))
 
 
 # %% 6. U-Net
@@ -774,8 +763,8 @@ class TextEncoder(nn.Module):
 # al. 2020 and, for the words, in Rombach et al. 2022.
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """t [B], int or float -> [B, dim]: cosines and sines of t at frequencies from 1 down to
-    1/10000.
+    """t [B], int or float -> [B, dim]: cosines and sines of t · 10000^(−i/half), i = 0 ...
+    half−1: frequencies from 1 down to almost 1/10000.
 
     Careful, [cos, sin] in this order; the transformer's positions have [sin, cos] (CompVis
     util.py:161).
@@ -810,7 +799,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, num_heads: int, context_dim: int, groups: int):
         super().__init__()
         self.norm = GroupNorm(groups, channels, 1e-6)
-        self.proj_in = Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)       # (1x1 convolutions in the original)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.self_attention = Attention(channels, num_heads)
         self.cross_attention = Attention(channels, num_heads, context_dim)
@@ -828,9 +817,12 @@ class SpatialTransformer(nn.Module):
 class UNetBlock(nn.Module):
     """A ResBlock, and where the level has attention a SpatialTransformer after it."""
 
-    def __init__(self, res: ResBlock, transformer: SpatialTransformer | None):
+    def __init__(self, i: int, o: int, c: UNetConfig, context_dim: int, attention: bool):
         super().__init__()
-        self.res, self.transformer = res, transformer
+        heads = o // c.head_dim if c.head_dim else c.num_heads
+        self.res = ResBlock(i, o, c.norm_groups, 1e-5, 4 * c.channels)
+        self.transformer = (SpatialTransformer(o, heads, context_dim, c.norm_groups) if attention
+                            else None)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         x = self.res(x, emb)
@@ -843,16 +835,8 @@ class UNet(nn.Module):
 
     def __init__(self, c: UNetConfig, context_dim: int):
         super().__init__()
-        emb_dim = 4 * c.channels
-
-        def block(i: int, o: int, attention: bool) -> UNetBlock:
-            heads = o // c.head_dim if c.head_dim else c.num_heads
-            res, transformer = ResBlock(i, o, c.norm_groups, 1e-5, emb_dim), None
-            if attention:
-                transformer = SpatialTransformer(o, heads, context_dim, c.norm_groups)
-            return UNetBlock(res, transformer)
-
-        self.channels = c.channels
+        self.channels, emb_dim = c.channels, 4 * c.channels
+        block = lambda i, o, attention: UNetBlock(i, o, c, context_dim, attention)
         self.time1, self.time2 = nn.Linear(c.channels, emb_dim), nn.Linear(emb_dim, emb_dim)
         self.conv_in = nn.Conv2d(c.in_channels, c.channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -862,10 +846,8 @@ class UNet(nn.Module):
             for _ in range(c.num_res_blocks):
                 blocks.append(block(channels, c.channels * mult, c.attention[level]))
                 channels = c.channels * mult
-                skips.append(channels)
             self.down.append(Level(blocks, None if last else Downsample(channels, symmetric=True)))
-            if not last:
-                skips.append(channels)
+            skips += [channels] * (len(blocks) + (not last))     # of each block, of the Downsample
         self.mid1, self.mid2 = block(channels, channels, True), block(channels, channels, False)
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             blocks = []
@@ -903,7 +885,7 @@ class UNet(nn.Module):
 # a sampler decides how far to follow it before it asks again. First the plan: which noise levels to
 # stop at, a list of `Leg`s. Then the walk, one function for each way, all with one signature:
 #
-#     predict_eps  (x, t, ᾱ) -> ε: the network, with guidance already in it
+#     predict_eps  (x, t, ᾱ) -> ε: the network, with guidance (section 8) already in it
 #     x            [B, 4, h, w], the latents at the plan's first noise level; float32
 #     legs         the plan, or its last part (to begin from a noisy picture)
 #     noise        () -> fresh standard normal noise like x; called once in each step that uses it
@@ -938,7 +920,8 @@ def sigma_of(alpha_bar):
 
 
 def plan(ts, sigmas, last_alpha_bar: float = 1.0) -> list[Leg]:
-    """Legs through these noise levels, [S] each, and from the last one to last_alpha_bar."""
+    """Legs through these noise levels, [S] each, and from the last one to last_alpha_bar.
+    ᾱ = 1 / (1 + σ²)."""
     a = [1 / (1 + s * s) for s in np.asarray(sigmas).tolist()] + [last_alpha_bar]
     return [Leg(i, t, a[i], a[i + 1]) for i, t in enumerate(np.asarray(ts).tolist())]
 
@@ -947,7 +930,7 @@ def leading(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
     """t = 981, 961 ... 21, 1 for S = 50: the plan of DDPM, DDIM and PLMS.
 
     As diffusers has it ("leading", offset 1), and the original code wherever S divides 1000
-    (elsewhere that gives more or fewer steps than asked, or runs off the table). S = 1000 would
+    (elsewhere that gives more steps than asked, or runs off the table). S = 1000 would
     reach past the end, to t = 1000: there the first step stays at 999. Careful, the last step goes
     to ᾱ₀ = 0.99915, not to 1 (CompVis util.py:66; in diffusers set_alpha_to_one=False).
     """
@@ -972,6 +955,11 @@ def linspace_short(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
     return plan(ts, sigmas[ts])
 
 
+def nearest_timesteps(levels: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """The timesteps whose noise is nearest to these, by the logarithm."""
+    return np.interp(np.log(levels), np.log(sigmas), np.arange(len(sigmas))).round().astype(int)
+
+
 def karras(steps: int, alphas_cumprod: Tensor, rho: float = 7.0) -> list[Leg]:
     """σ^(1/ρ) falls evenly: short steps where there is little noise, and detail is made (Karras et
     al. 2022, arXiv:2206.00364, equation 5)."""
@@ -987,18 +975,13 @@ def geometric(steps: int, alphas_cumprod: Tensor) -> list[Leg]:
     return plan(nearest_timesteps(levels, sigmas), levels)
 
 
-def nearest_timesteps(levels: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """The timesteps whose noise is nearest to these, by the logarithm."""
-    return np.interp(np.log(levels), np.log(sigmas), np.arange(len(sigmas))).round().astype(int)
-
-
 def ddpm(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> Iterator[Step]:
     """Denoising diffusion probabilistic models (Ho et al. 2020, arXiv:2006.11239): the chain that
     training assumes.
 
     Between two legs lies one noising step, with variance β = 1 − ᾱ/ᾱ′. Given x₀, its inverse is a
     Gaussian whose mean lies between x₀ and x (equations 6 and 7). With S = T this is the paper's
-    algorithm 2.
+    algorithm 2, but for the end: `leading` stops at ᾱ₀.
     """
     for i, t, a, b in legs:
         eps = predict_eps(x, t, a)
@@ -1022,10 +1005,10 @@ def ddim(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> It
     for i, t, a, b in legs:
         eps = predict_eps(x, t, a)
         x0 = x0_from_eps(x, eps, a)
-        sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
-        # x′ = √ᾱ′ x₀ + √(1 − ᾱ′ − σ²) ε + σ noise
-        next_x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps
-        step = Step(i, t, next_x + sigma * noise() if eta > 0 else next_x, eps, x0)
+        # f = η √((1−ᾱ′)/(1−ᾱ) (1 − ᾱ/ᾱ′)), the paper's σ; x′ = √ᾱ′ x₀ + √(1 − ᾱ′ − f²) ε + f noise
+        fresh = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+        next_x = b**0.5 * x0 + (1 - b - fresh**2) ** 0.5 * eps
+        step = Step(i, t, next_x + fresh * noise() if eta > 0 else next_x, eps, x0)
         yield step
         x = step.x
 
@@ -1036,18 +1019,16 @@ def plms(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -> It
 
     The first step has no past, so it looks ahead instead: one network call more.
     """
-    weights = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
+    weights = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
                4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     history: list[Tensor] = []                   # the network's own answers, the latest first
     for n, (i, t, a, b) in enumerate(legs):
         eps = predict_eps(x, t, a)
         history = [eps, *history[:3]]
-        if n > 0:
-            mixed = sum(w * e for w, e in zip(weights[len(history)], history))
-        elif len(legs) > 1:                      # (ε + ε ahead) / 2
+        if n == 0 and len(legs) > 1:             # (ε + ε ahead) / 2
             mixed = (eps + predict_eps(add_noise(x0_from_eps(x, eps, a), eps, b), legs[1].t, b)) / 2
         else:
-            mixed = eps
+            mixed = sum(w * e for w, e in zip(weights[len(history)], history))
         x0 = x0_from_eps(x, mixed, a)
         step = Step(i, t, add_noise(x0, mixed, b), eps, x0)
         yield step
@@ -1072,9 +1053,9 @@ def euler_a(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) ->
     for i, t, a, b in legs:
         eps = predict_eps(x, t, a)
         x0, sigma, next_sigma = x0_from_eps(x, eps, a), sigma_of(a), sigma_of(b)
-        up = next_sigma * (1 - (next_sigma / sigma) ** 2) ** 0.5
-        down = next_sigma**2 / sigma
-        next_scaled = x0 + down * eps                                       # x̃′
+        up = next_sigma * (1 - (next_sigma / sigma) ** 2) ** 0.5            # σ_up = σ′ √(1−(σ′/σ)²)
+        down = next_sigma**2 / sigma                                        # σ_down = σ′²/σ
+        next_scaled = x0 + down * eps                                       # x̃′ = x₀ + σ_down ε
         step = Step(i, t, b**0.5 * (next_scaled + up * noise() if up > 0 else next_scaled), eps, x0)
         yield step
         x = step.x
@@ -1084,16 +1065,15 @@ def dpmpp_2m(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): solves the linear part of
     the equation exactly, and extrapolates x₀ from this guess and the last, so 20 steps do.
 
-    Time is λ = −log σ, of which a step covers h. The last step, to σ = 0, is of first order.
+    Time is λ = −log σ (lam), of which a step covers h. The last step, to σ = 0, is of first order.
     """
-    log_snr = lambda alpha_bar: -math.log(sigma_of(alpha_bar)) if alpha_bar < 1 else math.inf
+    lam = lambda alpha_bar: -math.log(sigma_of(alpha_bar)) if alpha_bar < 1 else math.inf
     last_x0, last_h = None, 0.0
     for i, t, a, b in legs:
         eps = predict_eps(x, t, a)
-        x0, h = x0_from_eps(x, eps, a), log_snr(b) - log_snr(a)
-        if last_x0 is None or b == 1:
-            guess = x0
-        else:                        # D = x₀ + (x₀ − previous x₀) · h / (2 · previous h)
+        x0, h = x0_from_eps(x, eps, a), lam(b) - lam(a)
+        guess = x0
+        if last_x0 is not None and b < 1:    # D = x₀ + (x₀ − previous x₀) · h / (2 · previous h)
             guess = x0 + (x0 - last_x0) * (h / (2 * last_h))
         # x′ = √(1−ᾱ′)/√(1−ᾱ) x − √ᾱ′ (e⁻ʰ − 1) D
         next_x = ((1 - b) / (1 - a)) ** 0.5 * x - b**0.5 * math.expm1(-h) * guess
@@ -1160,7 +1140,7 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.compiled = config, tokenizer, False
         self.text_encoder = TextEncoder(config.text)
         self.unet = UNet(config.unet, config.text.width)
         self.vae = VAE(config.vae)
@@ -1184,7 +1164,6 @@ class LatentDiffusion(nn.Module):
         """
         path = Path(BUILT_IN if path is None else path)
         device, dtype = pick_device(device), dtype or torch.float32
-        torch.backends.cudnn.allow_tf32 = False      # or GPUs round float32 convolutions to 10 bits
         keep_freed_memory()
         config, tokenizer, tensors = read_weights(path, device)
         # Builds the networks without memory and random numbers
@@ -1219,7 +1198,7 @@ class LatentDiffusion(nn.Module):
         except Exception as e:        # a compiler is missing, or this Python is too new for PyTorch
             raise InputError(f"nothing can be compiled here ({shortened(str(e))}); install a C++ "
                              "compiler (g++), or leave out --compile") from None
-        compiler.freezing = True
+        compiler.freezing = self.compiled = True
         for network in (self.unet, self.vae.decoder):
             network.compile()
 
@@ -1232,9 +1211,15 @@ class LatentDiffusion(nn.Module):
         write_whole(path, lambda file: save_file(tensors, file, metadata))
 
     @torch.no_grad()
-    def encode_text(self, prompts: str | list[str]) -> Tensor:
-        """["..."] -> context [B, L, D]."""
-        ids = self.tokenizer([prompts] if isinstance(prompts, str) else list(prompts))
+    def encode_text(self, prompts: Prompt) -> Tensor:
+        """["..."] -> context [B, L, D]; a context stays what it is. Raises InputError."""
+        if isinstance(prompts, Tensor):
+            if prompts.ndim != 3:
+                raise InputError(f"a context must be [n, L, D], not {list(prompts.shape)}")
+            return prompts.to(self.device, self.dtype)
+        if not isinstance(prompts, str) and not len(prompts):
+            raise InputError("there is no prompt; give at least one")
+        ids = self.tokenizer(prompts)
         return self.text_encoder(ids.to(self.device))
 
     @torch.no_grad()
@@ -1262,12 +1247,6 @@ class LatentDiffusion(nn.Module):
     def _not_finite(self, what: str) -> InputError:
         cure = "check the weights" if self.dtype == torch.float32 else "use float32"
         return InputError(f"{what} is not finite in {self.dtype}; {cure}")
-
-    def _context(self, prompt: Prompt) -> Tensor:
-        """prompt as context [n, L, D]."""
-        if isinstance(prompt, Tensor):
-            return prompt.to(self.device, self.dtype)
-        return self.encode_text(prompt)
 
     def denoise(self, prompt: Prompt, negative_prompt: Prompt = "", *, steps: int = 50,
                 sampler: str = "ddim", guidance_scale: float | None = None, eta: float = 0.0,
@@ -1302,6 +1281,8 @@ class LatentDiffusion(nn.Module):
                  *((side or c.image_size) // c.latent_stride for side in sides))
         if latents is not None and latents.shape != (n, *shape[1:]):
             raise InputError(f"latents must be {[n, *shape[1:]]}, not {list(latents.shape)}")
+        if image is not None and len(image) not in (1, n):
+            raise InputError(f"{len(image)} images for {n} pictures: give one, or one for each")
         generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
         noise = lambda: torch.cat([torch.randn(shape, generator=g) for g in generators]).to(
             self.device)
@@ -1327,10 +1308,10 @@ class LatentDiffusion(nn.Module):
                   guidance_scale: float) -> tuple[Tensor, float | None]:
         """(context [n, L, D], None); or with guidance, that of the negative prompts and then of the
         prompts, [2n, L, D], and the scale. At scale 1 the negative prompt has no say."""
-        context = self._context(prompt).repeat_interleave(batch_size, dim=0)
+        context = self.encode_text(prompt).repeat_interleave(batch_size, dim=0)
         if guidance_scale == 1.0:
             return context, None
-        negative = self._context(negative_prompt)
+        negative = self.encode_text(negative_prompt)
         if len(negative) > 1:
             negative = negative.repeat_interleave(batch_size, dim=0)
         if len(negative) not in (1, len(context)):
@@ -1357,13 +1338,13 @@ class LatentDiffusion(nn.Module):
         if native:
             small = F.interpolate(mask.float(), noise.shape[2:])       # every eighth pixel
             behind = self.encode_image(image.to(self.device) * ~mask.to(self.device)).float()
-            return torch.cat([small.to(behind), behind], dim=1), lambda x, alpha_bar: x
+            small = small.to(behind).expand(len(behind), -1, -1, -1)
+            return torch.cat([small, behind], dim=1), lambda x, alpha_bar: x
         # Latents that a white pixel falls into are repainted
         repaint = F.max_pool2d(mask.float(), c.latent_stride).bool().to(self.device)
         return None, lambda x, alpha_bar: torch.where(repaint, x,
                                                       add_noise(known, noise, alpha_bar))
 
-    @torch.no_grad()
     def _guided_eps(self, x: Tensor, t: float, alpha_bar: float, context: Tensor,
                     scale: float | None, extra: Tensor | None) -> Tensor:
         """The network's ε for x [B, 4, h, w] at timestep t, with classifier-free guidance.
@@ -1379,9 +1360,7 @@ class LatentDiffusion(nn.Module):
         if scale is not None:
             without, with_prompt = out.chunk(2)
             out = without + scale * (with_prompt - without)
-        if self.config.prediction == "eps":
-            return out
-        return eps_from_v(x, out, alpha_bar)
+        return out if self.config.prediction == "eps" else eps_from_v(x, out, alpha_bar)
 
     @torch.no_grad()
     def _walk(self, steps: Iterator[Step], legs: list[Leg],
@@ -1399,8 +1378,7 @@ class LatentDiffusion(nn.Module):
         """The pictures, as PIL images. `settings`: `denoise` has them; progress: a bar."""
         image, mask = fit_pictures(settings.get("image"), settings.get("mask"), self.config.stride,
                                    settings.get("width"), settings.get("height"))
-        settings.update(image=image, mask=mask)
-        walk = self.denoise(prompt, negative_prompt, **settings)
+        walk = self.denoise(prompt, negative_prompt, **{**settings, "image": image, "mask": mask})
         total = steps_walked(settings.get("steps", 50), image, settings.get("strength", 0.75))
         for step in tqdm(walk, "denoising", total, disable=not progress, unit="step"):
             pass
@@ -1410,17 +1388,19 @@ class LatentDiffusion(nn.Module):
     def attention(self, detail: bool = False) -> Iterator["AttentionMaps"]:
         """`with ldm.attention() as maps:` records where the U-Net looks for each word. The maps are
         computed beside the pictures, which stay the same to the bit. detail: keeps every network
-        call apart rather than their sum."""
+        call apart rather than their sum. Raises InputError after `compile_networks`."""
+        if self.compiled:
+            raise InputError("compiled networks can't be looked into; leave out compile_networks "
+                             "(--compile)")
         maps = AttentionMaps(detail)
-        handles = [self.unet.register_forward_pre_hook(lambda _, args: maps.begin(args[0]))]
-        handles += [block.cross_attention.register_forward_hook(
-                        lambda layer, args, _: maps.add(layer.weights(*args)))
-                    for block in self.unet.modules() if isinstance(block, SpatialTransformer)]
-        try:
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(self.unet.register_forward_pre_hook(
+                lambda _, args: maps.begin(args[0])))
+            for block in self.unet.modules():
+                if isinstance(block, SpatialTransformer):
+                    hooks.enter_context(block.cross_attention.register_forward_hook(
+                        lambda layer, args, _: maps.add(layer.weights(*args))))
             yield maps
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class AttentionMaps:
@@ -1445,10 +1425,9 @@ class AttentionMaps:
         halved = math.isqrt(self.size.numel() // weights.shape[2])        # 1, 2, 4 or 8
         weights = weights.float().unflatten(2, [side // halved for side in self.size]).cpu()
         layers = self.calls[-1]
-        if self.layer < len(layers):
-            layers[self.layer] += weights
-        else:
-            layers.append(weights)
+        if self.layer == len(layers):
+            layers.append(torch.zeros_like(weights))
+        layers[self.layer] += weights
         self.layer += 1
 
     def mean(self) -> Tensor:
@@ -1493,7 +1472,8 @@ def check_config(c: Config) -> None:
     """Raises ValueError for numbers that no model can have; only for those that do not show in the
     shapes of its tensors, since `load` compares these."""
     u, s = c.unet, c.schedule
-    counts = (c.image_size, c.text.num_heads, u.num_heads, u.head_dim or 1, s.num_timesteps)
+    counts = (c.image_size, c.text.num_heads, u.num_heads, u.head_dim or 1, u.norm_groups,
+              c.vae.norm_groups, s.num_timesteps)
     depths = (c.text.num_layers, u.num_res_blocks, c.vae.num_res_blocks)
     if not (all(type(n) is int and 0 < n <= 2**16 for n in counts) and max(depths) <= 100
             and c.text.width % c.text.num_heads == u.channels % (u.head_dim or u.num_heads) == 0
@@ -1552,6 +1532,9 @@ def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width
                   f"{own[0]}x{own[1]}; resizing the mask", file=sys.stderr)
             mask = mask.resize(own)
         mask = to_tensor([ImageOps.fit(mask, (width, height))])[:, :1] > 0
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (1, 1, height, width)):
+        raise InputError(f"a mask tensor must be bool {[1, 1, height, width]}, not {mask.dtype} "
+                         f"{list(mask.shape)}")
     return image, mask
 
 
@@ -1580,6 +1563,7 @@ def paste(pictures: Tensor, image: Tensor | None, mask: Tensor | None) -> Tensor
 
 def pick_device(name: str) -> torch.device:
     """"auto", "cpu", "cuda" or "mps" -> a device that is there. Raises InputError."""
+    torch.backends.cudnn.allow_tf32 = False      # or GPUs round float32 convolutions to 10 bits
     there = (["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
              + ["cpu"])
     name = there[0] if name == "auto" else str(name)
@@ -1704,8 +1688,7 @@ def rephrase(caption: str, rng: random.Random) -> str:
     """The same in free words, so that the model understands who has not read the grammar."""
     for phrase, others in SYNONYMS.items():
         if rng.random() < 0.5:
-            words = lambda _: f"{rng.choice(others)} ".lstrip()
-            caption = re.sub(rf"\b{phrase} ", words, caption)
+            caption = re.sub(rf"\b{phrase} ", lambda _: f"{rng.choice(others)} ".lstrip(), caption)
     return caption
 
 
@@ -1726,11 +1709,9 @@ def random_scene(rng: random.Random, held_out: bool = False, kind: str | None = 
 
     kind = kind or rng.choice(("one", "two", "two", "two", "alike", "alike"))
     first = thing(held_out)
-    if kind == "one":
-        return Scene((first,), None, background)
     if kind == "two":
         return Scene((first, thing(False)), rng.choice(list(RELATIONS)), background)
-    return Scene((first,) * rng.choice((2, 3)), None, background)
+    return Scene((first,) * (1 if kind == "one" else rng.choice((2, 3))), None, background)
 
 
 def place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
@@ -1762,7 +1743,8 @@ def turned(n: int, *radii: float) -> list[tuple[float, float]]:
 
 
 def heart() -> list[tuple[float, float]]:
-    """x = 16 sin³ t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, over 16, tip down."""
+    """x = 16 sin³ t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, over 16, tip down, a
+    tenth further up."""
     ts = [2 * math.pi * i / 64 for i in range(64)]
     y = lambda t: sum(k * math.cos(n * t) for n, k in ((1, 13), (2, -5), (3, -2), (4, -1))) / 16
     return [(math.sin(t) ** 3, -y(t) - 0.1) for t in ts]
@@ -1777,21 +1759,17 @@ OUTLINES = {
               for x, y in ((-0.34, -0.34), (-0.34, -1), (0.34, -1))]}
 
 
-def draw(scene: Scene, spots: list[tuple[float, float, float]], size: int,
-         oversample: int = 4) -> Image.Image:
-    """The picture, size x size, anti-aliased: drawn `oversample` times larger, averaged down."""
+def draw(scene: Scene, spots: list[tuple[float, float, float]], size: int) -> Image.Image:
+    """The picture, size x size, anti-aliased: drawn four times larger, averaged down."""
     background = COLOURS[scene.background or "white"]
-    image = Image.new("RGB", (size * oversample,) * 2, background)
-    pen, k = ImageDraw.Draw(image), size * oversample / 128
+    image = Image.new("RGB", (4 * size, 4 * size), background)
+    pen, k = ImageDraw.Draw(image), 4 * size / 128
     for thing, (x, y, r) in zip(scene.things, spots):
-        corners = OUTLINES[thing.shape]
-        layers = [(r, COLOURS[thing.colour])]
-        if thing.shape == "ring":
-            layers.append((0.55 * r, background))
-        for f, colour in layers:
-            at = [((x + f * u) * k - 0.5, (y + f * v) * k - 0.5) for u, v in corners]
-            pen.polygon(at, colour)
-    return image.reduce(oversample)
+        hole = [(0.55 * r, background)] if thing.shape == "ring" else []
+        for f, colour in [(r, COLOURS[thing.colour]), *hole]:
+            pen.polygon([((x + f * u) * k - 0.5, (y + f * v) * k - 0.5)
+                         for u, v in OUTLINES[thing.shape]], colour)
+    return image.reduce(4)
 
 
 class ShapesData:
@@ -1820,11 +1798,8 @@ class ShapesData:
 # encoder on the VAE's latents. Everything random in step n (which pictures, which noise) is drawn
 # from a generator seeded with n, so that a run that was interrupted goes on exactly as if it had
 # not been. With `torchrun --nproc-per-node N`, N processes make a part of every batch each, and
-# exchange nothing but gradients. Each draws the random numbers of the whole batch and uses its
+# exchange little but gradients. Each draws the random numbers of the whole batch and uses its
 # part, so that what is learned does not depend on N.
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
 
 class FolderData:
     """A folder of pictures with captions: name.png|jpg|jpeg|webp beside name.txt, or a
@@ -1834,11 +1809,12 @@ class FolderData:
         self.size, self.seed = size, seed
         if not folder.is_dir():
             raise InputError(f"no folder {folder} to train on; give one, or the word: shapes")
+        pictures = sorted(p for p in folder.iterdir()
+                          if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
         table, self.items = folder / "metadata.jsonl", []
         if not table.exists():
-            pairs = [(p, p.with_suffix(".txt")) for p in sorted(folder.iterdir())
-                     if p.suffix.lower() in PICTURES]
-            self.items = [(p, read_text(t).strip()) for p, t in pairs if t.exists()]
+            self.items = [(p, read_text(t).strip()) for p in pictures
+                          if (t := p.with_suffix(".txt")).exists()]
         for number, line in enumerate(read_text(table).split("\n") if table.exists() else [], 1):
             with blaming(f"{table}, line {number}: needs a file_name and a text, has "
                          f"{shortened(line)}", "mend it"):
@@ -1846,10 +1822,9 @@ class FolderData:
                     entry = json.loads(line)
                     text = entry["text"].encode().decode()      # raises for half a surrogate pair
                     self.items.append((folder / entry["file_name"], text.strip()))
-        pictures = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES]
-        if len(self.items) < len(pictures):
-            print(f"tiny_ldm: {len(pictures) - len(self.items)} of {len(pictures)} pictures in "
-                  f"{folder} have no caption and are left out", file=sys.stderr)
+        if silent := {*pictures} - {path for path, _ in self.items}:
+            print(f"tiny_ldm: {len(silent)} of {len(pictures)} pictures in {folder} have no "
+                  "caption and are left out", file=sys.stderr)
         if not self.items:
             raise InputError(f"no captioned pictures in {folder}: it needs name.png with name.txt, "
                              "or a metadata.jsonl")
@@ -1866,8 +1841,7 @@ class FolderData:
 
     def item(self, i: int) -> tuple[Image.Image, str]:
         path, caption = random.Random(f"{self.seed}/{i}").choice(self.items)
-        size = (self.size, self.size)
-        return ImageOps.fit(open_image(path), size, Image.Resampling.LANCZOS), caption
+        return ImageOps.fit(open_image(path), (self.size,) * 2, Image.Resampling.LANCZOS), caption
 
 
 def read_text(path: Path) -> str:
@@ -1970,6 +1944,8 @@ class Trainer:
     """Both stages of training, resumable. `train` at the end of this section runs it."""
 
     pool_size = 16384             # encoded pictures kept for the U-Net (2 KB each)
+    caption_dropout = 0.1         # the share that learns without its caption, for guidance
+    second_stage = ("unet.", "text_encoder.")      # what stage 2 trains
 
     def __init__(self, data, out: Path, ldm: LatentDiffusion, seed: int, save_minutes: float,
                  dtype: torch.dtype, run: list[str], checkpoint: dict | None):
@@ -2056,14 +2032,13 @@ class Trainer:
         if last.exists():
             os.replace(last, before)
         write_whole(last, lambda file: torch.save(state, file))
-        own = {n: p.clone() for n, p in params.items()}
         for n, p in params.items():
-            p.copy_(ema[n])
+            p.data, ema[n] = ema[n], p.data
         self.ldm.save(self.out, torch.float16)
         picture = sample()
         write_whole(self.out.with_suffix(".png"), lambda file: picture.save(file, "PNG"))
         for n, p in params.items():
-            p.copy_(own[n])
+            p.data, ema[n] = ema[n], p.data
 
     def train_vae(self, stage: str, steps: int, batch: int) -> None:
         """Stage 1, on windows of half the side, which cost a quarter; at the end on whole pictures,
@@ -2135,8 +2110,8 @@ class Trainer:
             t = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
             t = (t[mine] ** (2 / 3) * c.schedule.num_timesteps).long()
             t = t.clamp(max=c.schedule.num_timesteps - 1)
-            # A tenth learns what no prompt looks like, for guidance.
-            dropped = torch.rand(batch, 1, generator=rng)[mine] < 0.1
+            # Some learn what no prompt looks like, for guidance.
+            dropped = torch.rand(batch, 1, generator=rng)[mine] < self.caption_dropout
             ids = torch.where(dropped.to(device), no_prompt.to(device), ids)
             x0 = c.scale_factor * sample_posterior(mean, logvar, z_noise)
             return diffusion_loss(self.ldm.unet, x0.contiguous(memory_format=torch.channels_last),
@@ -2145,16 +2120,14 @@ class Trainer:
 
         captions = [self.data.item(-1 - i)[1] for i in range(16)]
         sample = lambda: grid(self.ldm.generate(captions, steps=20, progress=False), 4)
-        self.fit("unet", ("unet.", "text_encoder."), loss_of, steps, batch, 0.999, sample)
+        self.fit("unet", self.second_stage, loss_of, steps, batch, 0.999, sample)
 
 
 def busiest_windows(images: Tensor, side: int, corners: list) -> Tensor:
     """[B, 3, H, W] -> [B, 3, side, side]: of the windows with these (y, x) corners, [B, 4, 2], the
     one with the most in it, since little is learned from an empty background."""
-    windows = []
-    for image, places in zip(images, corners):
-        crops = [image[:, y : y + side, x : x + side] for y, x in places]
-        windows.append(max(crops, key=Tensor.std))
+    windows = [max((image[:, y : y + side, x : x + side] for y, x in places), key=Tensor.std)
+               for image, places in zip(images, corners)]
     return torch.stack(windows).contiguous(memory_format=torch.channels_last)
 
 
@@ -2192,13 +2165,15 @@ def read_checkpoint(out: Path, run: list[str]) -> dict | None:
     return None
 
 
-def check_training(out: Path, dtype: torch.dtype, **counts: int) -> None:
+def check_training(out: Path, dtype: torch.dtype, save_minutes: float, **counts: int) -> None:
     """Raises InputError for what can't be trained; counts: the seed, the steps, the batches."""
     least = {"seed": 0, "decoder_steps": 0, "unet_steps": 0}
     for name, value in counts.items():
         low, high = least.get(name, 1), 2**14 if "batch" in name else 2**31
         if not low <= value <= high:
             raise InputError(f"{name} must be from {low} to {high}, not {value}")
+    if not save_minutes >= 0:
+        raise InputError(f"save_minutes must be at least 0, not {save_minutes}")
     if dtype == torch.float16:
         raise InputError("gradients are too small for float16; train in float32 or bfloat16")
     if out.suffix != ".safetensors":
@@ -2223,8 +2198,9 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
     stands. Raises InputError.
     """
     out, device, run = Path(out), pick_device(device), [source, str(weights or ""), str(seed)]
-    check_training(out, dtype, seed=seed, vae_steps=vae_steps, decoder_steps=decoder_steps,
-                   unet_steps=unet_steps, vae_batch=vae_batch, unet_batch=unet_batch)
+    check_training(out, dtype, save_minutes, seed=seed, vae_steps=vae_steps,
+                   decoder_steps=decoder_steps, unet_steps=unet_steps, vae_batch=vae_batch,
+                   unet_batch=unet_batch)
     keep_freed_memory()
     world = rank_and_world()[1]
     if world > 1:
@@ -2320,6 +2296,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         for name, kind, default, metavar, what in rows:
             add(f"--{name}", type=kind, default=default, metavar=metavar,
                 help=what if default in (None, "") else f"{what} (default: {default})")
+    ap.set_defaults(prefix="")       # of a picture's name: --prompts numbers them
     if [] in vars(args := ap.parse_args(argv)).values():       # Python < 3.13 makes it of --x=--
         ap.error("-- is no value")
     return args
@@ -2334,10 +2311,8 @@ SETTINGS = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance_scale
 def parameters_text(args: argparse.Namespace, config: Config, image: Image.Image) -> str:
     """The settings in the form that viewers of this field read from a PNG's text chunk
     `parameters`: the prompt, "Negative prompt: ...", and a line of "Name: value" pairs."""
-    def quoted(value) -> str:
-        odd = re.search('[,:"]', str(value)) or not str(value).isprintable()
-        return json.dumps(value) if odd else str(value)
-
+    odd = lambda text: re.search('[,:"]', text) or not text.isprintable()
+    quoted = lambda value: json.dumps(value) if odd(str(value)) else str(value)
     one_line = lambda text: " ".join(text.split())      # the tokenizer sees no difference
     pairs = {name: getattr(args, key) for name, key in SETTINGS.items()}
     if args.image is None:
@@ -2371,7 +2346,7 @@ def picture_path(args: argparse.Namespace, seed: int) -> Path:
     """Where a picture goes: -o, or a name made of prompt and seed; several have the seed in it."""
     if args.output is None:
         words = re.sub(r"[^\w]+", "-", args.prompt.lower()).strip("-")[:56].strip("-")
-        return Path(f"{words or 'picture'}-{seed}.png")
+        return Path(f"{args.prefix}{words or 'picture'}-{seed}.png")
     path = Path(args.output)
     return path if args.count == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
 
@@ -2393,22 +2368,20 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
         raise InputError(f"at strength {args.strength} the model never looks at the picture: "
                          "--attention needs more")
     paths = [picture_path(args, args.seed + i) for i in range(args.count)]
-    written = [*paths]
     for what, file, endings in (("picture", args.output, (".png",)),
                                 ("film", args.film, (".png", ".gif")),
                                 ("attention map", args.attention, (".png",))):
         if file is not None and Path(file).suffix.lower() not in endings:
             raise InputError(f"the {what} is written as {' or '.join(endings)}; {file!r} does not "
                              "end so")
-        written += [Path(file)] if file is not None and what != "picture" else []
-    taken = {args.image, args.mask}
-    for path in written:
+    taken = {os.path.abspath(file) for file in (args.image, args.mask) if file}
+    for path in [*paths, *(Path(file) for file in (args.film, args.attention) if file)]:
         if not path.parent.is_dir():
             raise InputError(f"the folder {path.parent} does not exist; make it first")
-        if path.is_dir() or str(path) in taken:
+        if path.is_dir() or os.path.abspath(path) in taken:
             raise InputError(f"{path} is a folder, or the name of another picture here; choose "
                              "another name")
-        taken.add(str(path))
+        taken.add(os.path.abspath(path))
     return paths
 
 
@@ -2423,9 +2396,9 @@ def jobs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
     jobs = []
     for number, line in enumerate(read_text(Path(args.prompts)).splitlines(), 1):
         if line.strip():
-            job = argparse.Namespace(**{**vars(args), "prompt": line, "output": None})
-            job.output = str(Path(args.output) / f"{number:04}-{picture_path(job, args.seed)}")
-            jobs.append(job)
+            jobs.append(argparse.Namespace(**{
+                **vars(args), "prompt": line, "output": None,
+                "prefix": os.path.join(args.output, f"{number:04}-")}))
     if not jobs:
         raise InputError(f"{args.prompts} holds no prompt; write one on each line")
     return jobs
@@ -2454,20 +2427,22 @@ def make_picture(ldm: LatentDiffusion, args: argparse.Namespace, paths: list[Pat
     prompt, films, attention = ldm.encode_text(args.prompt), [], []
     for path in paths:
         with ldm.attention() if args.attention else contextlib.nullcontext() as maps:
-            steps = list(tqdm(ldm.denoise(
+            walk = ldm.denoise(
                 prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed, width=args.width,
-                height=args.height, image=image, strength=args.strength, mask=mask),
-                "denoising", steps_walked(args.steps, image, args.strength), unit="step",
-                disable=rank_and_world()[0] > 0))
-        picture = to_pil(paste(ldm.decode_latents(steps[-1].x), image, mask))[0]
+                height=args.height, image=image, strength=args.strength, mask=mask)
+            guesses, total = [], steps_walked(args.steps, image, args.strength)
+            quiet = rank_and_world()[0] > 0
+            for step in tqdm(walk, "denoising", total, unit="step", disable=quiet):
+                guesses += [step.x0] if args.film else []
+        picture = to_pil(paste(ldm.decode_latents(step.x), image, mask))[0]
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", parameters_text(args, ldm.config, picture))
         write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=info))
         print(path, flush=True)
         if args.film:                          # ten of the steps, from first to last
-            shown = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
-            films.append(to_pil(torch.cat([ldm.decode_latents(s.x0) for s in shown])))
+            shown = [guesses[round(i * (len(guesses) - 1) / 9)] for i in range(10)]
+            films.append(to_pil(torch.cat([ldm.decode_latents(x0) for x0 in shown])))
         if args.attention:
             attention += draw_attention(picture, ldm.tokenizer.words(args.prompt), maps.mean()[-1])
         args.seed += 1
@@ -2527,10 +2502,8 @@ def run(argv: list[str]) -> None:
     elif args.output is None:
         raise InputError("--train needs -o FILE.safetensors, where the model goes")
     else:
-        names = ("weights", "vae_steps", "decoder_steps", "unet_steps", "vae_batch", "unet_batch",
-                 "seed", "device", "save_minutes")
-        train(args.train, args.output, dtype=getattr(torch, args.dtype),
-              **{name: getattr(args, name) for name in names})
+        settings = {name: vars(args)[name] for name in train.__kwdefaults__.keys() & vars(args)}
+        train(args.train, args.output, **{**settings, "dtype": getattr(torch, args.dtype)})
 
 
 def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = run) -> int:
