@@ -269,7 +269,8 @@ pipe = diffusers.StableDiffusionPipeline(
     scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False)
 context = text(torch.ones(1, 77, dtype=torch.long)).last_hidden_state
 pipe.set_progress_bar_config(disable=True)
-pipe(prompt_embeds=context, negative_prompt_embeds=context, num_inference_steps=2)
+pipe(prompt_embeds=context, negative_prompt_embeds=context, num_inference_steps=2,
+     height=512, width=512)
 """}
 LOAD = """
 import sys, time, torch, tiny_ldm
