@@ -1021,6 +1021,7 @@ SHARED_TRAINING = """
 import os, pathlib, sys, torch
 import test_tiny_ldm, tiny_ldm
 torch.set_num_threads(1)
+tiny_ldm.Trainer.pool_size = 128
 real = tiny_ldm.Trainer.save
 def save_then_die(self, params, ema, sample, state):
     real(self, params, ema, sample, state)
