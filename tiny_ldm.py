@@ -1431,9 +1431,10 @@ class AttentionMaps:
         halved = math.isqrt(self.size.numel() // weights.shape[2])        # 1, 2, 4 or 8
         weights = weights.float().unflatten(2, [side // halved for side in self.size]).cpu()
         layers = self.calls[-1]
-        if self.layer == len(layers):
-            layers.append(torch.zeros_like(weights))
-        layers[self.layer] += weights
+        if self.layer < len(layers):
+            layers[self.layer] += weights
+        else:
+            layers.append(weights)
         self.layer += 1
 
     def mean(self) -> Tensor:
@@ -1573,7 +1574,8 @@ def paste(pictures: Tensor, image: Tensor | None, mask: Tensor | None) -> Tensor
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto", "cpu", "cuda" or "mps" -> a device that is there. Raises InputError."""
+    """"auto", "cpu", "cuda" or "mps" -> a device that is there, set to exact float32. Raises
+    InputError."""
     torch.backends.cudnn.allow_tf32 = False      # or GPUs round float32 convolutions to 10 bits
     there = (["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
              + ["cpu"])
