@@ -1741,10 +1741,10 @@ def place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
         pairs = [(a, b) for i, a in enumerate(spots) for b in spots[:i]]
         if any(math.dist(a[:2], b[:2]) < 1.2 * (a[2] + b[2]) + 2 for a, b in pairs):
             continue
-        if scene.relation:      # clearly so: 1.3 times the distance in the other direction
+        if scene.relation:      # clearly so: twice the distance in the other direction
             ux, uy = RELATIONS[scene.relation]
             dx, dy = spots[1][0] - spots[0][0], spots[1][1] - spots[0][1]
-            if ux * dx + uy * dy < 1.3 * abs(uy * dx + ux * dy):
+            if ux * dx + uy * dy < 2 * abs(uy * dx + ux * dy):
                 continue
         return spots
 
