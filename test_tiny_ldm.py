@@ -1607,6 +1607,35 @@ def test_bad_checkpoints_are_one_line_and_exit_code_2(name, message, official, t
     assert message in lines[-1] and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("part, shape", [
+    ("model.diffusion_model.input_blocks.0.0.weight", ()),
+    ("model.diffusion_model.input_blocks.0.0.weight", (33, 4, 3, 3)),
+    ("first_stage_model.encoder.conv_in.weight", ()),
+    (f"{weights_convert.TEXT}.embeddings.token_embedding.weight", (3,)),
+    (f"{weights_convert.TEXT}.embeddings.position_embedding.weight", ())])
+def test_impossible_shapes_are_one_line(part, shape, official, tmp_path, capsys):
+    save_file({**official_tensors(), part: torch.zeros(shape)}, tmp_path / "x.safetensors")
+    assert convert(tmp_path / "x.safetensors", tmp_path / "t.safetensors", official) == 2
+    assert "x.safetensors is no Stable Diffusion 1.x: it has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [
+    lambda t: t.pop("unet.conv_out.bias"), lambda t: t.update(more=torch.zeros(1)),
+    lambda t: t.update({"text_encoder.layers.0.attention.qkv.bias": torch.zeros(2)}),
+    lambda t: t.update({"unet.conv_out.bias": torch.zeros(4, dtype=torch.int32)})])
+def test_a_damaged_file_is_not_turned_back(damage, official, tmp_path, capsys):
+    ours, out = tmp_path / "t.safetensors", tmp_path / "o.safetensors"
+    assert convert(official / "plain.safetensors", ours, official) == 0
+    tensors = load_file(ours)
+    damage(tensors)
+    with safe_open(ours, framework="pt") as file:
+        save_file(tensors, tmp_path / "bad.safetensors", file.metadata())
+    assert weights_convert.main(["--to", "official", str(tmp_path / "bad.safetensors"),
+                                 "-o", str(out)]) == 2
+    assert "its tensors are not those of its config" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("part, name, width, message", [
     ("text_encoder", "embeddings.token_embedding.weight", 1024, "is Stable Diffusion 2.x"),
     ("unet", "add_embedding.linear_1.weight", 3, "is Stable Diffusion XL"),

@@ -390,7 +390,7 @@ def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
              "Stable Diffusion 2.x": r"^cond_stage_model\.model\."}
     kinds = [kind for kind, mark in marks.items() if any(re.search(mark, n) for n in tensors)]
     embedding = tensors.get("text_encoder.embeddings.token_embedding.weight")
-    if embedding is not None and embedding.shape[1] == 1024:
+    if embedding is not None and embedding.shape[1:] == (1024,):
         kinds = ["Stable Diffusion 2.x"]
     if kinds:
         raise InputError(f"{source} is {kinds[0]}; only Stable Diffusion 1.x can be converted")
@@ -509,10 +509,11 @@ def convert(source: str, out: Path | None = None, dtype: torch.dtype | None = No
     refuse_others(tensors, source)
     try:
         config = config_of(tensors, official)
-    except InputError as e:
-        raise InputError(f"{source} is no Stable Diffusion 1.x: it {e}; README.md names files that "
-                         "are") from None
-    entries = name_map(config)
+        entries = name_map(config)
+    except (ValueError, IndexError) as e:      # an InputError is a ValueError, too
+        why = e if isinstance(e, InputError) else "has tensors of impossible shapes"
+        raise InputError(f"{source} is no Stable Diffusion 1.x: it {why}; README.md names files "
+                         "that are") from None
     parts = find_sources(entries, tensors, official, source)
     backend = find_tokenizer(tokenizer, None if official else path)
     if backend.get_vocab_size() != config.text.vocab_size:
@@ -540,8 +541,13 @@ def to_official(source: str, out: Path | None = None, dtype: torch.dtype | None 
     if replace(like, name=c.name, image_size=c.image_size) != c:
         raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x; the "
                          "official layout has no names for it")
-    plan = {}
-    for ours, entry in name_map(c).items():
+    plan, entries = {}, name_map(c)
+    found = {name: tuple(t.shape) if t.is_floating_point() else t.dtype
+             for name, t in tensors.items()}
+    if found != {name: entry.shape for name, entry in entries.items()}:
+        raise InputError(f"{source} is damaged: its tensors are not those of its config; get it "
+                         "again")
+    for ours, entry in entries.items():
         for name, piece in zip(entry.official, tensors[ours].chunk(len(entry.official))):
             shape = (*piece.shape, 1, 1) if entry.conv else tuple(piece.shape)
             plan[name] = Plan(shape, dtype or piece.dtype, lambda p=piece, s=shape: p.reshape(s))
