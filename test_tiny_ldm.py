@@ -1490,6 +1490,21 @@ def test_there_and_back_gives_the_same_bits(name, official, tmp_path, capsys):
     assert all(torch.equal(v, source[k].half() if half else source[k]) for k, v in back.items())
 
 
+def test_other_spellings_of_official_names_are_read(official, tmp_path):
+    spelled = {}
+    for name, t in official_tensors().items():
+        name = name.replace("transformer.text_model.", "transformer.")
+        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
+            name = name.replace(f"mid.attn_1.{ours}.", f"mid.attn_1.{theirs}.")
+        spelled[name] = t
+    spelled["cond_stage_model.logit_scale"] = torch.tensor(4.6)
+    spelled["cond_stage_model.transformer.text_projection.weight"] = torch.zeros(3, 3)
+    save_file(spelled, tmp_path / "x.safetensors")
+    assert convert(tmp_path / "x.safetensors", tmp_path / "x", official) == 0
+    assert convert(official / "plain.safetensors", tmp_path / "plain", official) == 0
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
 def test_an_inpainting_model_converts_from_either_layout(official, tmp_path):
     config = replace(NARROW, name=SD1_INPAINT.name, unet=replace(NARROW.unet, in_channels=9))
     tensors, parts = official_tensors(config), {"unet": {}, "vae": {}, "text_encoder": {}}

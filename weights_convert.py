@@ -204,6 +204,8 @@ TABLES = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod
           "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
           "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
           "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
+# CLIP's last layer, which compares texts with pictures; Stable Diffusion does not use it.
+PROJECTION = r"cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)"
 
 
 def recognised(path: Path) -> str | None:
@@ -286,6 +288,21 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
                                  ("proj_attn", "to_out.0")):
                     name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
             tensors[f"{part}.{name}"] = t
+    return tensors
+
+
+def read_official(path: Path) -> dict[str, Tensor]:
+    """A single file's tensors by their official names. Some programs that save fine-tunes spell
+    those of the text encoder and of the VAE's attention otherwise."""
+    spellings = ((r"^(cond_stage_model\.transformer)\.(?=embeddings|encoder|final_layer_norm)",
+                  r"\1.text_model."),
+                 (r"(\.mid\.attn_1)\.to_([qkv])\.", r"\1.\2."),
+                 (r"(\.mid\.attn_1)\.to_out\.0\.", r"\1.proj_out."))
+    tensors = {}
+    for name, t in read_tensors(path).items():
+        for theirs, official in spellings:
+            name = re.sub(theirs, official, name)
+        tensors[name] = t
     return tensors
 
 
@@ -420,8 +437,8 @@ def find_sources(entries: dict[str, Entry], tensors: dict[str, Tensor], official
             if t.dtype not in CODES or list(t.shape) not in (want, [*want, 1, 1]):
                 raise InputError(f"{source}: {n} is {t.dtype} {list(t.shape)} and should be {want} "
                                  "in 16 to 64 bits; get it again")
-    ignored = re.compile("|".join([r".*\.position_ids", r"model_ema\.(decay|num_updates)", *TABLES]
-                                  + [UNET + r"\..*"] * ema))
+    ignored = re.compile("|".join([r".*\.position_ids", r"model_ema\.(decay|num_updates)", *TABLES,
+                                   PROJECTION] + [UNET + r"\..*"] * ema))
     unknown = sorted(n for n in tensors if n not in used and not ignored.fullmatch(n))
     if unknown:
         raise InputError(f"{source} holds {len(unknown)} tensors that Stable Diffusion 1.x has "
@@ -505,7 +522,7 @@ def convert(source: str, out: Path | None = None, dtype: torch.dtype | None = No
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.safetensors)", source):
         path = download(source)
     official = not path.is_dir()
-    tensors = read_tensors(path) if official else read_folder(path)
+    tensors = read_official(path) if official else read_folder(path)
     refuse_others(tensors, source)
     try:
         config = config_of(tensors, official)
