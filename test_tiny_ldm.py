@@ -1625,6 +1625,7 @@ def test_bad_checkpoints_are_one_line_and_exit_code_2(name, message, official, t
 @pytest.mark.parametrize("part, shape", [
     ("model.diffusion_model.input_blocks.0.0.weight", ()),
     ("model.diffusion_model.input_blocks.0.0.weight", (33, 4, 3, 3)),
+    ("model.diffusion_model.input_blocks.0.0.weight", (32, 8, 3, 3)),
     ("first_stage_model.encoder.conv_in.weight", ()),
     (f"{weights_convert.TEXT}.embeddings.token_embedding.weight", (3,)),
     (f"{weights_convert.TEXT}.embeddings.position_embedding.weight", ())])

@@ -387,6 +387,8 @@ def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
         return tuple(tensors[theirs].shape)
 
     conv_in, vae = shape("unet", "conv_in"), shape("vae", "encoder.conv_in")
+    if conv_in[1] not in (SD1.unet.in_channels, SD1_INPAINT.unet.in_channels):
+        raise InputError(f"has {conv_in[1]} input channels rather than 4 (or 9, to repaint)")
     vocab_size, width = shape("text_encoder", "token_embedding")
     length = shape("text_encoder", "position_embedding")[0]
     layers = {n for n in tensors if re.search(r"encoder\.layers\.\d+\.layer_norm1\.weight$", n)}
@@ -517,7 +519,7 @@ def convert(source: str, out: Path | None = None, dtype: torch.dtype | None = No
     """Official or diffusers' weights to a tiny_ldm weights file. Returns its name. Raises
     InputError."""
     path = Path(source)
-    out = out or Path(f"{path.stem if path.is_file() else path.name}.tiny_ldm.safetensors")
+    out = out or Path(f"{path.stem if path.is_file() else path.resolve().name}.tiny_ldm.safetensors")
     may_write(out, force)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.safetensors)", source):
         path = download(source)
