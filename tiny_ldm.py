@@ -1179,17 +1179,8 @@ class LatentDiffusion(nn.Module):
         # Builds the networks without memory and random numbers
         with blaming(f"{path} is damaged", "get it again"), torch.device("meta"):
             ldm = LatentDiffusion(config, tokenizer)
-        want = {name: p.shape for name, p in ldm.named_parameters()}
-        both = want.keys() & tensors.keys()
-        for problem, names in (
-                ("lacks", want.keys() - both), ("has unexpected", tensors.keys() - both),
-                ("has the wrong shape for", [n for n in both if tensors[n].shape != want[n]]),
-                ("has no floating-point numbers in",
-                 [n for n in both if not tensors[n].is_floating_point()])):
-            if names:
-                raise InputError(f"{path} {problem} {len(names)} of {len(want)} tensors: "
-                                 f"{', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}"
-                                 "; get or train the file anew")
+        if problem := misfit(tensors, {name: p.shape for name, p in ldm.named_parameters()}):
+            raise InputError(f"{path} {problem}; get or train the file anew")
         ldm.load_state_dict(tensors, assign=True)
         return ldm.eval().requires_grad_(False)
 
@@ -1468,6 +1459,20 @@ def read_weights(path: Path, device: torch.device, convert: Callable[[Tensor], T
                          f"{header.get('format')!r}); make one with --train, or from Stable "
                          "Diffusion with weights_convert.py")
     return *parts, tensors
+
+
+def misfit(tensors: dict[str, Tensor], want: dict[str, tuple[int, ...]]) -> str:
+    """What keeps tensors from being those of a model with these names and shapes; "" if nothing."""
+    both = want.keys() & tensors.keys()
+    for problem, names in (
+            ("lacks", want.keys() - both), ("has unexpected", tensors.keys() - both),
+            ("has the wrong shape for", [n for n in both if tensors[n].shape != want[n]]),
+            ("has no floating-point numbers in",
+             [n for n in both if not tensors[n].is_floating_point()])):
+        if names:
+            return (f"{problem} {len(names)} of {len(want)} tensors: "
+                    f"{', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}")
+    return ""
 
 
 def parse_header(header: dict[str, str]) -> tuple[Config, Tokenizer]:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
                       LatentDiffusion, TextConfig, backend_from_json, blaming, clip_backend,
-                      read_text, read_weights, regular, write_whole)
+                      misfit, read_text, read_weights, regular, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -519,7 +519,8 @@ def convert(source: str, out: Path | None = None, dtype: torch.dtype | None = No
     """Official or diffusers' weights to a tiny_ldm weights file. Returns its name. Raises
     InputError."""
     path = Path(source)
-    out = out or Path(f"{path.stem if path.is_file() else path.resolve().name}.tiny_ldm.safetensors")
+    name = path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
+    out = out or Path(f"{name}.tiny_ldm.safetensors")
     may_write(out, force)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.safetensors)", source):
         path = download(source)
@@ -561,11 +562,9 @@ def to_official(source: str, out: Path | None = None, dtype: torch.dtype | None 
         raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x; the "
                          "official layout has no names for it")
     plan, entries = {}, name_map(c)
-    found = {name: tuple(t.shape) if t.is_floating_point() else t.dtype
-             for name, t in tensors.items()}
-    if found != {name: entry.shape for name, entry in entries.items()}:
-        raise InputError(f"{source} is damaged: its tensors are not those of its config; get it "
-                         "again")
+    if problem := misfit(tensors, {name: entry.shape for name, entry in entries.items()}):
+        raise InputError(f"{source} is damaged: its tensors are not those of its config (it "
+                         f"{problem}); get it again")
     for ours, entry in entries.items():
         for name, piece in zip(entry.official, tensors[ours].chunk(len(entry.official))):
             shape = (*piece.shape, 1, 1) if entry.conv else tuple(piece.shape)
