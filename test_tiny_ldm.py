@@ -1934,6 +1934,32 @@ def test_diffusers_folders_of_every_age_convert_to_the_same(references, tmp_path
     assert again.keys() == whole.keys() and all(torch.equal(v, again[k]) for k, v in whole.items())
 
 
+def test_a_folder_s_scheduler_says_what_the_unet_puts_out(references, tmp_path, capsys):
+    """Its tensors can't: a fine-tune to v-prediction has the same. Missing entries are SD 1.x's."""
+    *_, d = references
+    folder, out = tmp_path / "f", tmp_path / "t.safetensors"
+    shutil.copytree(d, folder)
+    (folder / "scheduler").mkdir()
+
+    def config_with(**scheduler):
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        code = weights_convert.main([str(folder), "-o", str(out), "--force"])
+        err = capsys.readouterr().err.splitlines()[-1]
+        return LatentDiffusion.load(out, "cpu").config if code == 0 else (code, err)
+
+    plain = LatentDiffusion.load(d / "t.safetensors", "cpu").config
+    assert plain.prediction == "eps"
+    assert config_with(**SD1_SCHEDULE, num_train_timesteps=1000, trained_betas=None) == plain
+    changed = config_with(prediction_type="v_prediction", beta_end=0.02)
+    assert changed == replace(plain, prediction="v", schedule=replace(plain.schedule, beta_end=0.02))
+    for odd in ({"prediction_type": "sample"}, {"rescale_betas_zero_snr": True},
+                {"beta_schedule": "linear"}, {"num_train_timesteps": 500}):
+        code, err = config_with(**odd)
+        (name, value), = odd.items()
+        assert code == 2 and f"{name} is {value!r}" in err and "Traceback" not in err
+    assert config_with(beta_start="x")[0] == 2
+
+
 @pytest.fixture
 def hub(references, monkeypatch, tmp_path):
     """A local server that speaks for the hub: one repository, made of the folder above."""
@@ -2309,6 +2335,7 @@ def folder_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
     names = [weights_convert.part_files(part)[0] for part in ("unet", "vae", "text_encoder")]
     parts = {name: functools.partial(shutil.copy, whole / "folder" / name) for name in names}
     parts["tokenizer/tokenizer.json"] = (whole / "tokenizer.json").read_bytes()
+    parts["scheduler/scheduler_config.json"] = b"{}"
     for part in parts:
         others = [*no_files(whole).items(), ("text", b"x"), ("other", parts[rng.choice([*parts])]),
                   ("gone", None), ("deep", len(DEEP).to_bytes(8, "little") + DEEP)]

@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
-                      LatentDiffusion, TextConfig, backend_from_json, blaming, clip_backend,
-                      misfit, read_text, read_weights, regular, write_whole)
+                      LatentDiffusion, TextConfig, backend_from_json, blaming, check_config,
+                      clip_backend, misfit, read_text, read_weights, regular, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -325,7 +325,8 @@ def download(repository: str) -> Path:
         if None in wanted:
             raise InputError(f"{repository} holds no diffusers folder; download one file and pass "
                              "it: " + ", ".join(f for f in files if "." in f)[:200])
-        return Path(snapshot_download(repository, allow_patterns=[*wanted, "tokenizer/*"]))
+        return Path(snapshot_download(repository, allow_patterns=[*wanted, "tokenizer/*",
+                                                                "scheduler/*"]))
 
 
 # %% 3. The tokenizer
@@ -394,6 +395,29 @@ def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
     layers = {n for n in tensors if re.search(r"encoder\.layers\.\d+\.layer_norm1\.weight$", n)}
     text = TextConfig(vocab_size, length, width, len(layers), num_heads=max(1, width // 64))
     return like_sd1(conv_in[1], conv_in[0], vae[0], text)
+
+
+def as_scheduled(config: Config, folder: Path) -> Config:
+    """The config with what a diffusers folder says of the U-Net's training, which its tensors do
+    not show: the schedule of the noise, and whether it puts out ε or v. Raises InputError."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.exists():
+        return config
+    with blaming(f"{file} is no schedule that tiny_ldm knows", "get another model, or the file "
+                 "again"):
+        found, s = json.loads(read_text(file)), config.schedule
+        for name, known in (("prediction_type", ("epsilon", "v_prediction")),
+                            ("beta_schedule", ("scaled_linear",)), ("trained_betas", (None,)),
+                            ("rescale_betas_zero_snr", (False,)),
+                            ("num_train_timesteps", (s.num_timesteps,))):
+            if found.get(name, known[0]) not in known:
+                raise ValueError(f"{name} is {found[name]!r}")
+        config = replace(
+            config, prediction="v" if found.get("prediction_type") == "v_prediction" else "eps",
+            schedule=replace(s, beta_start=found.get("beta_start", s.beta_start),
+                             beta_end=found.get("beta_end", s.beta_end)))
+        check_config(config)
+    return config
 
 
 def like_sd1(in_channels: int, unet_channels: int, vae_channels: int, text: TextConfig) -> Config:
@@ -535,6 +559,7 @@ def convert(source: str, out: Path | None = None, dtype: torch.dtype | None = No
         raise InputError(f"{source} is no Stable Diffusion 1.x: it {why}; README.md names files "
                          "that are") from None
     parts = find_sources(entries, tensors, official, source)
+    config = config if official else as_scheduled(config, path)
     backend = find_tokenizer(tokenizer, None if official else path)
     if backend.get_vocab_size() != config.text.vocab_size:
         raise InputError(f"the vocabulary has {backend.get_vocab_size()} tokens and {source} has "
