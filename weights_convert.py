@@ -565,8 +565,8 @@ def convert(source: str, out: Path | None = None, dtype: torch.dtype | None = No
         raise InputError(f"the vocabulary has {backend.get_vocab_size()} tokens and {source} has "
                          f"{config.text.vocab_size}; {WHAT_TO_PASS}")
     known = recognised(path) if official else None
-    print(f"tiny_ldm: {source} is {known or config.name + ', in a file that is not on record'}",
-          file=sys.stderr)
+    where = "in a file that is not on record" if official else "in a diffusers folder"
+    print(f"tiny_ldm: {source} is {known or f'{config.name}, {where}'}", file=sys.stderr)
     metadata = {"format": "tiny_ldm", "config": json.dumps(asdict(config)),
                 "tokenizer": backend.to_str()}
     plan = {ours: Plan(shape, dtype or parts[ours][0].dtype, stacked(shape, parts[ours]))
