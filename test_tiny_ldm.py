@@ -380,8 +380,26 @@ def test_attention_is_softmax_written_out(causal, context_dim):
     torch.testing.assert_close(m(x, context), m.out(torch.cat(heads, -1)))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_attention_to_many_places_is_the_same_in_blocks(dtype, tolerance, monkeypatch):
+    if dtype not in tiny_ldm.IN_BLOCKS:
+        pytest.skip(f"this processor's oneDNN has no {dtype}")
+    layer, context = tiny_ldm.Attention(24, 3, 24), torch.randn(2, 1024, 24)
+    x, called = torch.randn(2, 700, 24), []
+    blocks = tiny_ldm.attention_in_blocks
+    monkeypatch.setattr(tiny_ldm, "attention_in_blocks", lambda *qkv: called.append(1) or blocks(*qkv))
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(x.double(), context.double())
+        found = layer.to(dtype)(x.to(dtype), context.to(dtype)).double()
+        assert called and relative_error(found, exact) <= tolerance
+        layer(x.to(dtype), context[:, :77].to(dtype))              # (few places: another way)
+    layer(x.to(dtype), context.to(dtype)).sum().backward()         # (gradients: another way)
+    assert len(called) == 1
+    q, k, v = (y.to(dtype) for y in (torch.randn(1, 2, 9, 4), *torch.randn(2, 1, 2, 5, 4)))
+    torch.library.opcheck(blocks, (q, k, v))                       # what --compile needs to know
+
+
 def test_causal_attention_in_half_precision_is_so_for_long_prompts_too():
-    """bfloat16 takes long sequences in blocks of queries."""
     layer, x = tiny_ldm.Attention(16, 2, causal=True), torch.randn(1, 600, 16)
     with torch.no_grad():
         exact, rounded = layer(x), layer.bfloat16()(x.bfloat16()).float()
