@@ -1577,6 +1577,23 @@ def test_what_lightning_left_in_a_checkpoint_is_inert(official, tmp_path, monkey
     assert convert(tmp_path / "lightning.ckpt", tmp_path / "t.safetensors", official) == 0
 
 
+def test_what_a_pickle_hangs_on_a_tensor_is_left_behind(official, tmp_path):
+    tensors = load_file(official / "plain.safetensors")
+    for t in tensors.values():
+        t.reshape = t.shape_of = "neither a method nor a number"
+    torch.save(tensors, tmp_path / "hung.ckpt")
+    assert convert(tmp_path / "hung.ckpt", tmp_path / "t.safetensors", official) == 0
+
+
+def test_two_spellings_of_one_tensor_are_one_too_many(official, tmp_path, capsys):
+    tensors = load_file(official / "plain.safetensors")
+    name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
+    tensors[name.replace("text_model.", "")] = tensors[name] + 1
+    save_file(tensors, tmp_path / "two.safetensors")
+    assert convert(tmp_path / "two.safetensors", tmp_path / "t.safetensors", official) == 2
+    assert f"holds {name} twice" in capsys.readouterr().err
+
+
 class Hostile:
     def __init__(self, path):
         self.path = path

@@ -270,7 +270,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(stand_ins):
             found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         found = found.get("state_dict", found)
-        return {str(name): t for name, t in found.items() if isinstance(t, Tensor)}
+        # detach: a pickle may hang anything on a tensor, also in place of its methods
+        return {str(name): Tensor.detach(t) for name, t in found.items() if isinstance(t, Tensor)}
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -302,6 +303,8 @@ def read_official(path: Path) -> dict[str, Tensor]:
     for name, t in read_tensors(path).items():
         for theirs, official in spellings:
             name = re.sub(theirs, official, name)
+        if name in tensors:
+            raise InputError(f"{path} holds {name} twice, by two names; get it again")
         tensors[name] = t
     return tensors
 
