@@ -387,7 +387,8 @@ def test_attention_to_many_places_is_the_same_in_blocks(dtype, tolerance, monkey
     layer, context = tiny_ldm.Attention(24, 3, 24), torch.randn(2, 1024, 24)
     x, called = torch.randn(2, 700, 24), []
     blocks = tiny_ldm.attention_in_blocks
-    monkeypatch.setattr(tiny_ldm, "attention_in_blocks", lambda *qkv: called.append(1) or blocks(*qkv))
+    monkeypatch.setattr(tiny_ldm, "attention_in_blocks",
+                        lambda *qkv: called.append(1) or blocks(*qkv))
     with torch.no_grad():
         exact = copy.deepcopy(layer).double()(x.double(), context.double())
         found = layer.to(dtype)(x.to(dtype), context.to(dtype)).double()
@@ -1986,7 +1987,8 @@ def test_a_folder_s_scheduler_says_what_the_unet_puts_out(references, tmp_path, 
     assert plain.prediction == "eps"
     assert config_with(**SD1_SCHEDULE, num_train_timesteps=1000, trained_betas=None) == plain
     changed = config_with(prediction_type="v_prediction", beta_end=0.02)
-    assert changed == replace(plain, prediction="v", schedule=replace(plain.schedule, beta_end=0.02))
+    schedule = replace(plain.schedule, beta_end=0.02)
+    assert changed == replace(plain, prediction="v", schedule=schedule)
     for odd in ({"prediction_type": "sample"}, {"rescale_betas_zero_snr": True},
                 {"beta_schedule": "linear"}, {"num_train_timesteps": 500}):
         code, err = config_with(**odd)

@@ -409,14 +409,15 @@ def as_scheduled(config: Config, folder: Path) -> Config:
     with blaming(f"{file} is no schedule that tiny_ldm knows", "get another model, or the file "
                  "again"):
         found, s = json.loads(read_text(file)), config.schedule
-        for name, known in (("prediction_type", ("epsilon", "v_prediction")),
+        predictions = {"epsilon": "eps", "v_prediction": "v"}
+        for name, known in (("prediction_type", (*predictions,)),
                             ("beta_schedule", ("scaled_linear",)), ("trained_betas", (None,)),
                             ("rescale_betas_zero_snr", (False,)),
                             ("num_train_timesteps", (s.num_timesteps,))):
             if found.get(name, known[0]) not in known:
                 raise ValueError(f"{name} is {found[name]!r}")
         config = replace(
-            config, prediction="v" if found.get("prediction_type") == "v_prediction" else "eps",
+            config, prediction=predictions[found.get("prediction_type", "epsilon")],
             schedule=replace(s, beta_start=found.get("beta_start", s.beta_start),
                              beta_end=found.get("beta_end", s.beta_end)))
         check_config(config)
