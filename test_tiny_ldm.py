@@ -3064,16 +3064,16 @@ def draw_ways(ldm: LatentDiffusion, file: str) -> None:
         made, = ldm.generate(prompt, sampler=sampler, steps=steps, **settings)
         cards.append(labelled(made, f"{sampler}, {steps} steps"))
     scene = Scene((Thing("red", "circle"),) * 2)
-    image = draw(scene, [(36, 36, 22), (92, 92, 22)], ldm.config.image_size)
+    image = draw(scene, [(36, 64, 22), (92, 64, 22)], ldm.config.image_size)
     cards.append(labelled(image, "(a picture to begin with)"))
     for strength in (0.5, 0.9):
         made, = ldm.generate("two large green squares", image=image, strength=strength, **settings)
         cards.append(labelled(made, f"two large green squares, strength {strength}"))
     mask = Image.new("L", image.size)
-    mask.paste(255, (0, 0, image.width // 2, image.height // 2))
+    mask.paste(255, (0, 0, image.width // 2, image.height))
     made, = ldm.generate("a blue star left of a red circle", image=image, mask=mask, strength=1,
                          **settings)
-    cards.append(labelled(made, "a blue star left of a red circle, upper left repainted"))
+    cards.append(labelled(made, "a blue star left of a red circle, left half repainted"))
     tiny_ldm.grid(cards, 6).save(file)
 
 
