@@ -1714,7 +1714,8 @@ def test_folders_of_other_models_are_named(part, name, width, message, official,
     (["plain.ckpt", "--tokenizer", "tokenizer.json", "-o", "nowhere/x"], "the folder nowhere does"),
     (["--to", "official", "plain.safetensors"], "plain.safetensors is an official checkpoint"),
     (["--to", "official", "plain.ckpt"], "plain.ckpt is damaged or no .safetensors file"),
-    (["--to", "official", str(tiny_ldm.BUILT_IN)], "is not built like Stable Diffusion 1.x")])
+    (["--to", "official", str(tiny_ldm.BUILT_IN)], "is not built like Stable Diffusion 1.x (other: "
+     "prediction, scale_factor, guidance_scale, vae, unet)")])
 def test_bad_arguments_are_one_line_and_exit_code_2(args, message, official, monkeypatch, capsys):
     monkeypatch.chdir(official)
     before = sorted(official.iterdir())

@@ -587,9 +587,12 @@ def to_official(source: str, out: Path | None = None, dtype: torch.dtype | None 
     may_write(out, force)
     c, _, tensors = read_weights(Path(source), torch.device("cpu"))
     like = like_sd1(c.unet.in_channels, c.unet.channels, c.vae.channels, c.text)
-    if replace(like, name=c.name, image_size=c.image_size) != c:
-        raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x; the "
-                         "official layout has no names for it")
+    others = [name for name in vars(c) if getattr(c, name) != getattr(like, name)
+              and name not in ("name", "image_size")]
+    if others:
+        raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x (other: "
+                         f"{', '.join(others)}), and the official layout has no place to say so; "
+                         "use it as it is")
     plan, entries = {}, name_map(c)
     if problem := misfit(tensors, {name: entry.shape for name, entry in entries.items()}):
         raise InputError(f"{source} is damaged: its tensors are not those of its config (it "
