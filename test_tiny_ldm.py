@@ -2976,6 +2976,7 @@ def print_table(argv: list[str]) -> None:
     ap.add_argument("--sampler", default="ddim")
     ap.add_argument("--guidance-scale", type=float)
     ap.add_argument("--dtype", default="float32")
+    ap.add_argument("--seed", type=int, default=10**6, help="of the captions and the pictures")
     ap.add_argument("--free-words", action="store_true", help="tell the model in other words")
     ap.add_argument("--failures", action="store_true", help="also print what was wrong")
     ap.add_argument("--grid", metavar="FILE", help="also draw the first pictures of each kind")
@@ -2990,9 +2991,9 @@ def print_table(argv: list[str]) -> None:
     looks = []
     print("| captions | right |\n|---|---|")
     for kind in KINDS:
-        judged = prompt_following(ldm, kind, args.count, steps=args.steps, sampler=args.sampler,
-                                  guidance_scale=args.guidance_scale,
-                                  free_words=args.free_words)
+        judged = prompt_following(ldm, kind, args.count, args.seed, args.free_words,
+                                  steps=args.steps, sampler=args.sampler,
+                                  guidance_scale=args.guidance_scale)
         looks += [crispness(image, caption) for image, caption, wrong in judged
                   if not wrong and not parse(caption).relation]
         print(f"| {kind} | {100 * right(judged):.1f} % |", flush=True)

@@ -2093,12 +2093,14 @@ class Trainer:
         a quarter as many. Then measures the latents' scale.
 
         First "vae", all of it. Then "decoder", that part alone: it goes on learning to draw, from
-        latents that stay what they are, so a U-Net that knows them stays right.
+        latents that stay what they are, so a U-Net that knows them stays right. It sees whole
+        pictures only: it has learned what shapes are, and windows would now just shift its norms.
         """
         vae, c = self.ldm.vae, self.ldm.config
 
         def loss_of(step: int) -> Tensor:
-            whole, rng = step >= steps * 10 // 11, self.generator(step)
+            whole = stage == "decoder" or step >= steps * 10 // 11
+            rng = self.generator(step)
             n = max(self.world, batch // 4) if whole else batch
             images, half = self.images(step, n)[0], c.image_size // 2
             if not whole:
