@@ -41,6 +41,7 @@ Letters in shape comments: B batch, C channels, H W pixels, h w latents, L token
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import json
@@ -2253,8 +2254,10 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
                    unet_batch=unet_batch)
     keep_freed_memory()
     world = rank_and_world()[1]
-    if world > 1:
+    if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # However training ends: one of its threads that outlives Python aborts the process.
+        atexit.register(torch.distributed.destroy_process_group)
     torch.manual_seed(seed)
     checkpoint = read_checkpoint(out, run)
     start = None if weights is None else LatentDiffusion.load(weights, str(device))
@@ -2288,8 +2291,6 @@ def train(source: str, out: str | Path, *, weights: str | Path | None = None, va
         trainer.train_vae("decoder", decoder_steps, vae_batch)
     if unet_steps:
         trainer.train_unet(unet_steps, unet_batch)
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 # %% 11. Command line
