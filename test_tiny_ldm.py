@@ -1814,18 +1814,25 @@ def load_official(models: tuple, tensors: dict[str, torch.Tensor]) -> tuple:
     return models
 
 
+def normal(random: np.random.RandomState, dtype, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(random.standard_normal(shape)).to(dtype)
+
+
+@torch.no_grad()
+def vae_outputs(n: Networks, random: np.random.RandomState, dtype) -> dict[str, torch.Tensor]:
+    return {"VAE, encode": n.encode(normal(random, dtype, 1, 3, 64, 128).clamp(-1, 1)),
+            "VAE, decode": n.decode(normal(random, dtype, 1, 4, 8, 16))}
+
+
 @torch.no_grad()
 def outputs(n: Networks, dtype=torch.float64, steps: int = 10) -> dict[str, torch.Tensor]:
     """What the networks make of inputs that are always the same."""
     random = np.random.RandomState(0)
-    normal = lambda *shape: torch.from_numpy(random.standard_normal(shape)).to(dtype)
     context = n.text(torch.from_numpy(random.randint(0, 200, (2, 77))))
-    x = normal(2, 4, 16, 24)
+    x = normal(random, dtype, 2, 4, 16, 24)
     return {"text encoder": context, "U-Net, t = 1": n.unet(x, 1, context),
-            "U-Net, t = 981": n.unet(x, 981, context),
-            "VAE, encode": n.encode(normal(1, 3, 64, 128).clamp(-1, 1)),
-            "VAE, decode": n.decode(normal(1, 4, 8, 16)),
-            f"DDIM, {steps} steps": n.ddim(normal(1, 4, 16, 24), context, steps)}
+            "U-Net, t = 981": n.unet(x, 981, context), **vae_outputs(n, random, dtype),
+            f"DDIM, {steps} steps": n.ddim(normal(random, dtype, 1, 4, 16, 24), context, steps)}
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -2129,8 +2136,13 @@ def full_size_comparison(d: Path, config=SD1, steps: int = 50) -> dict[str, floa
         found = outputs(n, torch.float32, steps)
         return found, np.asarray(n.picture(found[f"DDIM, {steps} steps"]), dtype=int)
 
-    wanted, their_picture = outputs_and_picture(
-        their_networks(*load_official(reference_models(config), load_file(source))))
+    text, unet, vae = load_official(reference_models(config), load_file(source))
+    wanted, their_picture = outputs_and_picture(their_networks(text, unet, vae))
+    rough, exact = (vae_outputs(their_networks(text, unet, vae.to(dtype)), np.random.RandomState(1),
+                                dtype) for dtype in (torch.float32, torch.float64))
+    found["diffusers' VAE from its own in float64"] = max(
+        relative_error(t, exact[name]) for name, t in rough.items())
+    del text, unet, vae
     got, our_picture = outputs_and_picture(our_networks(LatentDiffusion.load(out, "cpu")))
     found.update({name: relative_error(t, wanted[name]) for name, t in got.items()})
     difference = np.abs(our_picture - their_picture)
@@ -2152,8 +2164,11 @@ def test_full_size_stable_diffusion_equals_the_references(capsys):
         found = full_size_comparison(Path(d))
     with capsys.disabled():
         print("".join(f"\n    {name}: {value:.3g}" for name, value in found.items()))
+    # Without AVX-512, oneDNN's convolutions round more: diffusers' own VAE is 4.6e-6 off.
+    rounding = found["diffusers' VAE from its own in float64"]
+    limits = {**LIMITS, "VAE": max(LIMITS["VAE"], 1.5 * rounding)}
     for name, value in found.items():
-        assert value <= LIMITS.get(name.split(",")[0], math.inf), name
+        assert value <= limits.get(name.split(",")[0], math.inf), name
     assert found["picture: differing 8-bit values, %"] <= 0.1
     assert found["picture: largest difference"] <= 1
 
