@@ -131,7 +131,7 @@ class UNetConfig:
     channels: int = 320
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    # Which levels have attention: not the coarsest one
+    # Which levels have attention: not the coarsest one (the middle, as coarse, always has)
     attention: tuple[bool, ...] = (True, True, True, False)
     # SD 1.x fixes the number of heads (their size grows: 40, 80, 160) ...
     num_heads: int = 8
@@ -280,10 +280,13 @@ def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod:
 # %% 3. Blocks
 # --------------------------------------------------------------------------------------------------
 # Four bricks. The VAE and the U-Net are ResBlocks between Downsamples and Upsamples, with Attention
-# in the U-Net at all levels but the coarsest, and in the VAE in the middle alone; the text encoder
-# is Attention all the way. Pictures go in and out as [B, C, H, W], sequences as [B, N, D].
+# in the U-Net at most levels and in the middle, and in the VAE in the middle alone; the text
+# encoder is Attention all the way. Pictures go in and out as [B, C, H, W], sequences as [B, N, D].
 # Arguments hold what differs between the networks: above all the epsilons and the padding, which
-# are easy to get wrong and hard to see: the picture only gets a little worse.
+# are easy to get wrong and hard to see: the picture only gets a little worse. Some names come from
+# the end of the section, where they are made faster or smaller: `norm_silu_conv(norm, conv, x)` is
+# conv(silu(norm(x))), `Linear` is PyTorch's, `in_bands(layer, x, 2)` is layer(x), which is twice as
+# large as x, and `attention_in_blocks` is attention.
 #
 # Two ideas make networks this deep trainable at all. Residuals: a block adds to its input rather
 # than replaces it, so that gradients find a way past it (He et al. 2015, arXiv:1512.03385). Norms:
@@ -299,13 +302,138 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 class GroupNorm(nn.GroupNorm):
     """Normalises each group of channels of each picture to mean 0, variance 1 (Wu & He 2018,
-    arXiv:1803.08494), in float32 even where the network is half precision: squares overflow."""
+    arXiv:1803.08494), in float32 even where the network is half precision, as the original does."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
+
+class ResBlock(nn.Module):
+    """skip(x) + conv(silu(norm(conv(silu(norm(x))) + linear(silu(emb))))): [B, C, H, W] ->
+    [B, C', H, W], where skip is a 1x1 convolution if C' is not C, and nothing otherwise.
+
+    emb [B, E] is the timestep as a vector (section 6), for the U-Net alone; the VAE knows no time.
+    eps is 1e-5 in the U-Net and 1e-6 in the VAE (CompVis openaimodel.py, model.py).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float,
+                 emb_dim: int | None = None):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, out_channels) if emb_dim else None
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        if self.emb is not None:
+            # SiLU here too, after the one inside the time embedding
+            h = h + self.emb(F.silu(emb))[:, :, None, None]
+        h = norm_silu_conv(self.norm2, self.conv2, h)
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / √d) v over several heads (Vaswani et al. 2017, arXiv:1706.03762), then a
+    Linear.
+
+    x [B, N, C] asks; context [B, L, D] answers, x itself where context_dim is None
+    (self-attention). q, k and v come from as few matrix products as possible. causal: position i
+    sees 0 ... i only (the text encoder).
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None,
+                 qkv_bias: bool = False, causal: bool = False):
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        if context_dim is None:
+            self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        else:
+            self.q = Linear(dim, dim, bias=qkv_bias)
+            self.kv = Linear(context_dim, 2 * dim, bias=qkv_bias)
+        self.out = Linear(dim, dim)
+
+    def qkv_heads(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, heads, N, d]; k and v [B, heads, L, d]."""
+        if context is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
+        return tuple(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv_heads(x, context)
+        on_cpu, many = x.device.type == "cpu", k.shape[2] >= 1024 and not torch.is_grad_enabled()
+        if on_cpu and many and q.dtype in IN_BLOCKS and not self.causal:
+            y = attention_in_blocks(q, k, v)
+        # In bfloat16 PyTorch's kernel is slow, most of all at the gradient: written out, training
+        # takes 40 % less time
+        elif on_cpu and not many and q.dtype == torch.bfloat16:
+            y = self.softmax(q, k) @ v
+        else:                   # the three ways compute the same
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def softmax(self, q: Tensor, k: Tensor) -> Tensor:
+        """softmax(q kᵀ / √d): [B, heads, N, L], how much each position looks at each other."""
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if self.causal:         # minus infinity above the diagonal: no weight on what comes later
+            scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
+        return scores.softmax(dim=-1)
+
+    def weights(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The weights behind `forward(x, context)`, for looking at them."""
+        return self.softmax(*self.qkv_heads(x, context)[:2])
+
+
+class Downsample(nn.Module):
+    """Halves H and W: 3x3 convolution with stride 2.
+
+    Careful, two paddings: the U-Net pads 1 on all sides, the VAE's encoder 1 at the right and the
+    bottom only. The wrong one shifts everything by half a pixel of the smaller picture (CompVis
+    model.py:66, openaimodel.py:143).
+    """
+
+    def __init__(self, channels: int, symmetric: bool):
+        super().__init__()
+        self.pad = (1, 1, 1, 1) if symmetric else (0, 1, 0, 1)     # left, right, top, bottom
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, self.pad))
+
+
+class Upsample(nn.Module):
+    """Doubles H and W: each pixel becomes four, then a 3x3 convolution smooths."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = lambda part: self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest"))
+        return in_bands(layer, x, 2) if is_large(x) else layer(x)
+
+
+class Level(nn.Module):
+    """One resolution of a network: its blocks, and the Downsample or Upsample that leads to the
+    next (or None)."""
+
+    def __init__(self, blocks: list[nn.Module], resample: nn.Module | None):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        return x if self.resample is None else self.resample(x)
+
+
+# The rest of the section is for memory and speed alone; the first time you may skip it.
 
 BAND = 256 * 256             # pixels; from four times as many on, pictures are taken in bands
 
@@ -352,33 +480,6 @@ def norm_silu_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     return in_bands(lambda part: conv(F.silu(part * factor + shift).to(x.dtype)), x)
 
 
-class ResBlock(nn.Module):
-    """skip(x) + conv(silu(norm(conv(silu(norm(x))) + linear(silu(emb))))): [B, C, H, W] ->
-    [B, C', H, W], where skip is a 1x1 convolution if C' is not C, and nothing otherwise.
-
-    emb [B, E] is the timestep as a vector (section 6), for the U-Net alone; the VAE knows no time.
-    eps is 1e-5 in the U-Net and 1e-6 in the VAE (CompVis openaimodel.py, model.py).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float,
-                 emb_dim: int | None = None):
-        super().__init__()
-        self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, out_channels) if emb_dim else None
-        self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = norm_silu_conv(self.norm1, self.conv1, x)
-        if self.emb is not None:
-            # SiLU here too, after the one inside the time embedding
-            h = h + self.emb(F.silu(emb))[:, :, None, None]
-        h = norm_silu_conv(self.norm2, self.conv2, h)
-        return h + (x if self.skip is None else self.skip(x))
-
-
 HAS_MKL = torch.backends.mkl.is_available()
 
 
@@ -399,59 +500,6 @@ class Linear(nn.Linear):
         return F.conv2d(pixels, self.weight[..., None, None], self.bias).movedim(1, 3).squeeze(2)
 
 
-class Attention(nn.Module):
-    """softmax(q kᵀ / √d) v over several heads (Vaswani et al. 2017, arXiv:1706.03762), then a
-    Linear.
-
-    x [B, N, C] asks; context [B, L, D] answers, x itself where context_dim is None
-    (self-attention). q, k and v come from as few matrix products as possible. causal: position i
-    sees 0 ... i only (the text encoder).
-    """
-
-    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None,
-                 qkv_bias: bool = False, causal: bool = False):
-        super().__init__()
-        self.num_heads, self.causal = num_heads, causal
-        if context_dim is None:
-            self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
-        else:
-            self.q = Linear(dim, dim, bias=qkv_bias)
-            self.kv = Linear(context_dim, 2 * dim, bias=qkv_bias)
-        self.out = Linear(dim, dim)
-
-    def qkv_heads(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, heads, N, d]; k and v [B, heads, L, d]."""
-        if context is None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-        else:
-            q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)
-        return tuple(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv_heads(x, context)
-        on_cpu, many = x.device.type == "cpu", k.shape[2] >= 1024 and not torch.is_grad_enabled()
-        if on_cpu and many and q.dtype in IN_BLOCKS and not self.causal:
-            y = attention_in_blocks(q, k, v)
-        # In bfloat16 PyTorch's kernel is slow, most of all at the gradient: written out, training
-        # takes 40 % less time
-        elif on_cpu and not many and q.dtype == torch.bfloat16:
-            y = self.softmax(q, k) @ v
-        else:                   # all of these are the same
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-    def softmax(self, q: Tensor, k: Tensor) -> Tensor:
-        """softmax(q kᵀ / √d): [B, heads, N, L], how much each position looks at each other."""
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if self.causal:         # minus infinity above the diagonal: no weight on what comes later
-            scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
-        return scores.softmax(dim=-1)
-
-    def weights(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The weights behind `forward(x, context)`, for looking at them."""
-        return self.softmax(*self.qkv_heads(x, context)[:2])
-
-
 # The precisions that oneDNN, Intel's library of kernels, has here: not all processors do bfloat16
 IN_BLOCKS = [torch.float32] * torch.backends.mkldnn.is_available() + [torch.bfloat16] * getattr(
     torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
@@ -462,7 +510,7 @@ IN_BLOCKS = [torch.float32] * torch.backends.mkldnn.is_available() + [torch.bflo
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v, [B, heads, N, d], for many places on a CPU: with oneDNN's kernels, one
     head and 512 places at a time, whose weights stay in the processor's cache. It takes a third
-    less time than PyTorch's own way, which is a tenth of a step of SD 1.x in float32."""
+    less time than PyTorch's own way: in float32 that spares a tenth of a step of SD 1.x."""
     y = heads_beside(q)
     for b, h in np.ndindex(q.shape[:2]):
         keys = (k[b, h] * q.shape[-1] ** -0.5).to_mkldnn()
@@ -478,49 +526,6 @@ def heads_beside(q: Tensor, *_: Tensor) -> Tensor:
     """An empty [B, heads, N, d], where the heads of a place lie side by side."""
     b, heads, n, d = q.shape
     return q.new_empty(b, n, heads, d).transpose(1, 2)
-
-
-class Downsample(nn.Module):
-    """Halves H and W: 3x3 convolution with stride 2.
-
-    Careful, two paddings: the U-Net pads 1 on all sides, the VAE's encoder 1 at the right and the
-    bottom only. The wrong one shifts everything by half a pixel of the smaller picture (CompVis
-    model.py:66, openaimodel.py:143).
-    """
-
-    def __init__(self, channels: int, symmetric: bool):
-        super().__init__()
-        self.pad = (1, 1, 1, 1) if symmetric else (0, 1, 0, 1)     # left, right, top, bottom
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, self.pad))
-
-
-class Upsample(nn.Module):
-    """Doubles H and W: each pixel becomes four, then a 3x3 convolution smooths."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = lambda part: self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest"))
-        return in_bands(layer, x, 2) if is_large(x) else layer(x)
-
-
-class Level(nn.Module):
-    """One resolution of a network: its blocks, and the Downsample or Upsample that leads to the
-    next (or None)."""
-
-    def __init__(self, blocks: list[nn.Module], resample: nn.Module | None):
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.resample = resample
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(x)
-        return x if self.resample is None else self.resample(x)
 
 
 # %% 4. VAE
@@ -693,6 +698,7 @@ class Tokenizer:
         """The words of a prompt that the vocabulary does not hold whole: for a small model, those
         it never met."""
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt))
+        # The end token stands for a letter without a piece, too
         return [w for w in words if len(ids := self.backend.encode(w).ids) > 1 or ids == [self.eos]]
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
@@ -1121,6 +1127,7 @@ def langevin(predict_eps, x: Tensor, legs: list[Leg], noise, eta: float = 0.0) -
     The paper's step size δ is the same share r of each level's variance; its ten levels with a
     hundred steps each are S levels with one step here. The last step only takes the noise away.
     """
+    # A larger r needs fewer steps, but leaves more noise in x than the level has, by 1/(1 − r/4)
     r = 0.7
     for i, t, a, b in legs:
         eps = predict_eps(x, t, a)
@@ -1247,8 +1254,7 @@ class LatentDiffusion(nn.Module):
             return prompts.to(self.device, self.dtype)
         if not isinstance(prompts, str) and not len(prompts):
             raise InputError("there is no prompt; give at least one")
-        ids = self.tokenizer(prompts)
-        return self.text_encoder(ids.to(self.device))
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
     @torch.no_grad()
     def encode_image(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -1319,7 +1325,7 @@ class LatentDiffusion(nn.Module):
         x = start = noise() if latents is None else latents.to(self.device, torch.float32)
         if starts_at_sigma:
             x = (1 - legs[0].alpha_bar) ** 0.5 * start
-        # What the picture shall keep
+        # The latents of the image: what to start from, and with a mask what to keep
         known = None if image is None else self.encode_image(image).float().expand_as(x)
         if known is not None and strength < 1:
             legs = legs[steps - steps_walked(steps, image, strength) :]
@@ -1353,9 +1359,9 @@ class LatentDiffusion(nn.Module):
         sees beside the latents, or None; a function that puts the known part into x at a noise
         level).
 
-        An ordinary model is shown the known latents, with as much noise as x has, before each step
-        (CompVis ddim.py:144). One with 9 channels has learned to look at the mask and the rest of
-        the picture.
+        An ordinary model is shown the known latents, with as much noise as x has: at the start and
+        after each step, so that they are there before the next (CompVis ddim.py:144). One with 9
+        channels has learned to look at the mask and the rest of the picture.
         """
         c = self.config
         native = c.unet.in_channels > c.vae.latent_channels
@@ -1364,7 +1370,7 @@ class LatentDiffusion(nn.Module):
         if mask is None:
             return None, lambda x, alpha_bar: x
         if native:
-            small = F.interpolate(mask.float(), noise.shape[2:])       # every eighth pixel
+            small = F.interpolate(mask.float(), noise.shape[2:])       # one pixel for each latent
             behind = self.encode_image(image.to(self.device) * ~mask.to(self.device)).float()
             small = small.to(behind).expand(len(behind), -1, -1, -1)
             return torch.cat([small, behind], dim=1), lambda x, alpha_bar: x
@@ -1402,15 +1408,20 @@ class LatentDiffusion(nn.Module):
             yield step
 
     def generate(self, prompt: Prompt, negative_prompt: Prompt = "", *, progress: bool = True,
+                 watch: Callable[[Step], object] = lambda step: None,
                  **settings) -> list[Image.Image]:
-        """The pictures, as PIL images. `settings`: `denoise` has them; progress: a bar."""
+        """The pictures, as PIL images. `settings`: `denoise` has them; progress: a bar; watch is
+        called with each step."""
         image, mask = fit_pictures(settings.get("image"), settings.get("mask"), self.config.stride,
                                    settings.get("width"), settings.get("height"))
         walk = self.denoise(prompt, negative_prompt, **{**settings, "image": image, "mask": mask})
         total = steps_walked(settings.get("steps", 50), image, settings.get("strength", 0.75))
         for step in tqdm(walk, "denoising", total, disable=not progress, unit="step"):
-            pass
-        return to_pil(paste(self.decode_latents(step.x), image, mask))
+            watch(step)
+        pictures = self.decode_latents(step.x)
+        if mask is not None:          # the given pixels themselves where it is black
+            pictures = torch.where(mask.to(pictures.device), pictures, image.to(pictures.device))
+        return to_pil(pictures)
 
     @contextlib.contextmanager
     def attention(self, detail: bool = False) -> Iterator["AttentionMaps"]:
@@ -1531,17 +1542,23 @@ def check_config(c: Config) -> None:
         raise ValueError("its config has numbers that can't be, or that do not fit each other")
 
 
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Raises InputError for a value that is not, and for "not a number"."""
+    if not low <= value <= high:
+        raise InputError(f"{name} must be from {low} to {high}, not {value}")
+
+
 def check_settings(c: Config, sampler: str, steps: int, seed: int, batch_size: int,
                    guidance_scale: float, eta: float, strength: float) -> None:
     """Raises InputError for what no picture can be made from."""
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}; there are: {', '.join(sorted(SAMPLERS))}")
-    for name, value, low, high in (
-            ("steps", steps, 1, c.schedule.num_timesteps), ("seed", seed, 0, 2**63 - 1),
-            ("batch_size", batch_size, 1, 2**16), ("eta", eta, 0, 1),
-            ("guidance_scale", guidance_scale, -1000, 1000), ("strength", strength, 0, 1)):
-        if not low <= value <= high:          # "not a number" is not within anything, either
-            raise InputError(f"{name} must be from {low} to {high}, not {value}")
+    within("steps", steps, 1, c.schedule.num_timesteps)
+    within("seed", seed, 0, 2**63 - 1)
+    within("batch_size", batch_size, 1, 2**16)
+    within("eta", eta, 0, 1)
+    within("guidance_scale", guidance_scale, -1000, 1000)
+    within("strength", strength, 0, 1)
 
 
 def fit_pictures(image: Picture | None, mask: Picture | None, stride: int, width: int | None,
@@ -1601,12 +1618,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def steps_walked(steps: int, image: Picture | None, strength: float) -> int:
     """How many of S steps are done: with an image only the last ones."""
     return steps if image is None else int(strength * steps)
-
-
-def paste(pictures: Tensor, image: Tensor | None, mask: Tensor | None) -> Tensor:
-    """pictures [B, 3, H, W], but the given image's pixels where its mask is black."""
-    return pictures if mask is None else torch.where(mask.to(pictures.device), pictures,
-                                                     image.to(pictures.device))
 
 
 def pick_device(name: str) -> torch.device:
@@ -1938,7 +1949,7 @@ class Optimizer(torch.optim.Optimizer):
         """One step at `factor` times the full learning rates."""
         for group in self.param_groups:
             lr = group["base_lr"] * factor
-            for p in (p for p in group["params"] if p.grad is not None):
+            for p in group["params"]:
                 s = self.state[p]
                 m = s.setdefault("m", torch.zeros_like(p))
                 if group["muon"]:
@@ -1978,7 +1989,7 @@ def rank_and_world() -> tuple[int, int]:
 def average(tensors: list[Tensor], world: int) -> None:
     """Puts in each tensor its mean over all processes: gradients of parts of a batch become that of
     the whole."""
-    if world > 1 and tensors:
+    if world > 1:
         flat = torch.cat([t.flatten() for t in tensors])      # one large message beats many small
         try:
             torch.distributed.all_reduce(flat)
@@ -1992,7 +2003,7 @@ def average(tensors: list[Tensor], world: int) -> None:
 class Trainer:
     """Both stages of training, resumable. `train` at the end of this section runs it."""
 
-    pool_size = 16384             # encoded pictures kept for the U-Net (2 KB each)
+    pool_size = 16384             # encoded pictures kept for the U-Net (2 KB each of SHAPES)
     caption_dropout = 0.1         # the share that learns without its caption, for guidance
     second_stage = ("unet.", "text_encoder.")      # what stage 2 trains
 
@@ -2043,8 +2054,7 @@ class Trainer:
                 loss = loss_of(step)
             optimizer.zero_grad()
             loss.backward()
-            grads = [p.grad for p in params.values() if p.grad is not None]
-            average([loss.detach(), *grads], self.world)
+            average([loss.detach(), *(p.grad for p in params.values())], self.world)
             if not loss.isfinite():       # the checkpoint shall not be spoiled, too
                 raise InputError(f"the loss is {loss:f} at step {step}; begin with other weights")
             nn.utils.clip_grad_norm_(params.values(), 1.0)
@@ -2090,8 +2100,8 @@ class Trainer:
             p.data, ema[n] = ema[n], p.data
 
     def train_vae(self, stage: str, steps: int, batch: int) -> None:
-        """Stage 1, on windows of half the side, which cost a quarter; at the end on whole pictures,
-        a quarter as many. Then measures the latents' scale.
+        """Stage 1, on windows of half the side, which cost a quarter; in the last eleventh of the
+        steps on whole pictures, in batches of a quarter. Then measures the latents' scale.
 
         First "vae", all of it. Then "decoder", that part alone: it goes on learning to draw, from
         latents that stay what they are, so a U-Net that knows them stays right. It sees whole
@@ -2220,11 +2230,8 @@ def check_training(out: Path, dtype: torch.dtype, save_minutes: float, **counts:
     """Raises InputError for what can't be trained; counts: the seed, the steps, the batches."""
     least = {"seed": 0, "decoder_steps": 0, "unet_steps": 0}
     for name, value in counts.items():
-        low, high = least.get(name, 1), 2**14 if "batch" in name else 2**31
-        if not low <= value <= high:
-            raise InputError(f"{name} must be from {low} to {high}, not {value}")
-    if not save_minutes >= 0:
-        raise InputError(f"save_minutes must be at least 0, not {save_minutes}")
+        within(name, value, least.get(name, 1), 2**14 if "batch" in name else 2**31)
+    within("save_minutes", save_minutes, 0, math.inf)
     if dtype == torch.float16:
         raise InputError("gradients are too small for float16; train in float32 or bfloat16")
     if out.suffix != ".safetensors":
@@ -2410,11 +2417,8 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
     for text in (args.prompt, args.negative_prompt):
         if any("\ud800" <= letter <= "\udfff" for letter in text):       # what is left of bad bytes
             raise InputError(f"the prompt is not UTF-8 text: {shortened(ascii(text))}")
-    if not 1 <= args.count <= 2**16:
-        raise InputError(f"-n must be from 1 to {2**16}, not {args.count}")
-    if args.seed + args.count > 2**63:
-        raise InputError(f"the seeds must be below 2**63, and the last would be {args.seed} + "
-                         f"{args.count - 1}")
+    within("-n", args.count, 1, 2**16)
+    within("seed", args.seed, 0, 2**63 - args.count)
     if args.attention and args.image and args.strength * args.steps < 1:
         raise InputError(f"at strength {args.strength} the model never looks at the picture: "
                          "--attention needs more")
@@ -2477,16 +2481,13 @@ def make_picture(ldm: LatentDiffusion, args: argparse.Namespace, paths: list[Pat
     made alone."""
     prompt, films, attention = ldm.encode_text(args.prompt), [], []
     for path in paths:
+        guesses = []
         with ldm.attention() if args.attention else contextlib.nullcontext() as maps:
-            walk = ldm.denoise(
+            picture, = ldm.generate(
                 prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed, width=args.width,
-                height=args.height, image=image, strength=args.strength, mask=mask)
-            guesses, total = [], steps_walked(args.steps, image, args.strength)
-            quiet = rank_and_world()[0] > 0
-            for step in tqdm(walk, "denoising", total, unit="step", disable=quiet):
-                guesses += [step.x0] if args.film else []
-        picture = to_pil(paste(ldm.decode_latents(step.x), image, mask))[0]
+                height=args.height, image=image, strength=args.strength, mask=mask,
+                progress=rank_and_world()[0] == 0, watch=lambda step: guesses.append(step.x0))
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", parameters_text(args, ldm.config, picture))
         write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=info))
@@ -2534,8 +2535,7 @@ def draw_attention(picture: Image.Image, words: list[tuple[str, list[int]]],
             heat = (255 * (heat - heat.min()) / (heat.max() - heat.min() + 1e-9)).byte().numpy()
             light = Image.fromarray(heat).resize(picture.size, Image.Resampling.BICUBIC)
             lit = Image.composite(picture, picture.point(lambda v: v // 5), light)
-        card = Image.new("RGB", (picture.width + 8, picture.height + 24), "white")
-        card.paste(lit, (4, 4))
+        card = ImageOps.expand(lit, (4, 4, 4, 20), "white")
         ImageDraw.Draw(card).text((6, picture.height + 7), word, "black")
         cards.append(card)
     return cards
