@@ -416,7 +416,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = lambda part: self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest"))
-        return in_bands(layer, x, 2) if is_large(x) else layer(x)
+        return in_bands(layer, x, 2)
 
 
 class Level(nn.Module):
@@ -438,12 +438,18 @@ class Level(nn.Module):
 BAND = 256 * 256             # pixels; from four times as many on, pictures are taken in bands
 
 
+def is_large(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] >= 4 * BAND and not torch.is_grad_enabled()
+
+
 def in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1) -> Tensor:
     """layer(x), [B, C, H, W] -> [B, C', scale·H, scale·W], where layer looks one row up and down.
 
     Large pictures go through in bands of rows, each with a row more above and below, whose results
     are dropped: the same values, but what the layer holds on the way stays small.
     """
+    if not is_large(x):
+        return layer(x)
     h, w = x.shape[2:]
     out, rows = None, max(1, BAND // w)
     for y in range(0, h, rows):
@@ -455,10 +461,6 @@ def in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1) -> Te
                               device=band.device, memory_format=order)
         out[:, :, scale * y : scale * end] = band
     return out
-
-
-def is_large(x: Tensor) -> bool:
-    return x.shape[2] * x.shape[3] >= 4 * BAND and not torch.is_grad_enabled()
 
 
 def norm_silu_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -2231,7 +2233,8 @@ def check_training(out: Path, dtype: torch.dtype, save_minutes: float, **counts:
     least = {"seed": 0, "decoder_steps": 0, "unet_steps": 0}
     for name, value in counts.items():
         within(name, value, least.get(name, 1), 2**14 if "batch" in name else 2**31)
-    within("save_minutes", save_minutes, 0, math.inf)
+    if not save_minutes >= 0:
+        raise InputError(f"save_minutes must be at least 0, not {save_minutes}")
     if dtype == torch.float16:
         raise InputError("gradients are too small for float16; train in float32 or bfloat16")
     if out.suffix != ".safetensors":
@@ -2418,7 +2421,9 @@ def check_paths(args: argparse.Namespace) -> list[Path]:
         if any("\ud800" <= letter <= "\udfff" for letter in text):       # what is left of bad bytes
             raise InputError(f"the prompt is not UTF-8 text: {shortened(ascii(text))}")
     within("-n", args.count, 1, 2**16)
-    within("seed", args.seed, 0, 2**63 - args.count)
+    if args.seed + args.count > 2**63:
+        raise InputError(f"the seeds must be below 2**63, and the last would be {args.seed} + "
+                         f"{args.count - 1}")
     if args.attention and args.image and args.strength * args.steps < 1:
         raise InputError(f"at strength {args.strength} the model never looks at the picture: "
                          "--attention needs more")
@@ -2487,7 +2492,8 @@ def make_picture(ldm: LatentDiffusion, args: argparse.Namespace, paths: list[Pat
                 prompt, args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 guidance_scale=args.guidance_scale, eta=args.eta, seed=args.seed, width=args.width,
                 height=args.height, image=image, strength=args.strength, mask=mask,
-                progress=rank_and_world()[0] == 0, watch=lambda step: guesses.append(step.x0))
+                progress=rank_and_world()[0] == 0,
+                watch=lambda step: guesses.append(step.x0) if args.film else None)
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", parameters_text(args, ldm.config, picture))
         write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=info))

@@ -36,7 +36,7 @@ def kinds(cell: nbformat.NotebookNode) -> list[str]:
     return found
 
 
-def check(path: Path, write: bool, again: bool = False) -> list[str]:
+def check(path: Path, write: bool) -> list[str]:
     """Runs one notebook; returns what is wrong with it."""
     stored = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
@@ -47,9 +47,6 @@ def check(path: Path, write: bool, again: bool = False) -> list[str]:
     except CellExecutionError as e:
         return [str(e)]
     seconds, wrong = time.monotonic() - began, []
-    if seconds > LIMIT and not again:      # once more: the machine may have had slow minutes
-        print(f"{path.name}: {seconds:.0f} s, and again", flush=True)
-        return check(path, write, again=True)
     old, new = ([c for c in book.cells if c.cell_type == "code"] for book in (stored, fresh))
     for number, (was, now) in enumerate(zip(old, new), 1):
         wrong += [f"cell {number} writes to stderr: {output.text.strip()[:500]}"
