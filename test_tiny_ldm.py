@@ -987,6 +987,16 @@ def test_optimizer_orthogonalizes():
     assert values.min() > 0.6 and values.max() < 1.3
     torch.testing.assert_close(tiny_ldm.orthogonalized(g.T), tiny_ldm.orthogonalized(g).T)
 
+    # The five steps as they are written, on gradients of few pictures: nearly of rank 3
+    g = torch.randn(4, 40, 3) @ torch.randn(4, 3, 90) + 1e-4 * torch.randn(4, 40, 90)
+    for one in g:
+        x = one.double() / one.double().norm()
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+        assert (tiny_ldm.orthogonalized(one) - x).norm() < 1e-3 * x.norm()
+    torch.testing.assert_close(tiny_ldm.orthogonalized(g), torch.stack(
+        [tiny_ldm.orthogonalized(one) for one in g]), rtol=0, atol=1e-4)
+
 
 def test_one_step_of_training_lowers_the_loss():
     ldm = tiny_model().requires_grad_(True)

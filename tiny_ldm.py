@@ -1937,9 +1937,7 @@ class Optimizer(torch.optim.Optimizer):
     a matrix [out, in·9].
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], dtype: torch.dtype = torch.float32,
-                 lr: float = 1e-3, muon_lr: float = 0.02):
-        self.dtype = dtype        # of the matrix products: half precision is enough for them
+    def __init__(self, params: dict[str, nn.Parameter], lr: float = 1e-3, muon_lr: float = 0.02):
         edge = ("embedding", "conv_in", "conv_out", "quant_conv")
         inside = {n for n, p in params.items() if p.ndim >= 2 and not any(e in n for e in edge)}
         groups = [dict(params=[p for n, p in params.items() if (n in inside) == muon],
@@ -1950,37 +1948,45 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, factor: float) -> None:
         """One step at `factor` times the full learning rates."""
         for group in self.param_groups:
-            lr = group["base_lr"] * factor
+            lr, same_shape = group["base_lr"] * factor, {}
             for p in group["params"]:
                 s = self.state[p]
                 m = s.setdefault("m", torch.zeros_like(p))
                 if group["muon"]:
                     m.lerp_(p.grad, 0.05)                        # running mean of the gradient ...
                     g = p.grad.lerp(m, 0.95).flatten(1)          # ... one step ahead (Nesterov)
-                    # A tall matrix needs more to move its outputs as much: √(rows/columns).
-                    tall = max(1.0, g.shape[0] / g.shape[1]) ** 0.5
-                    p.sub_(lr * tall * orthogonalized(g.to(self.dtype)).reshape(p.shape))
+                    same_shape.setdefault(g.shape, []).append((p, g))
                 else:
                     n = s["n"] = s.get("n", 0) + 1
                     m.lerp_(p.grad, 0.1)
                     v = s.setdefault("v", torch.zeros_like(p)).lerp_(p.grad**2, 0.01)
                     # Both means start at 0, too small at first: divided by what they have summed
                     p.sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.99**n)) ** 0.5 + 1e-8))
+            for (rows, columns), pairs in same_shape.items():    # in few large products
+                params, gs = zip(*pairs)
+                # A tall matrix needs more to move its outputs as much: √(rows/columns).
+                tall = max(1.0, rows / columns) ** 0.5
+                for p, direction in zip(params, orthogonalized(torch.stack(gs))):
+                    p.sub_(lr * tall * direction.reshape(p.shape))
 
 
 def orthogonalized(g: Tensor) -> Tensor:
-    """[m, n] = U Σ Vᵀ -> about U Vᵀ, by matrix products only: five Newton-Schulz steps.
+    """[..., m, n] = U Σ Vᵀ -> about U Vᵀ, by matrix products only: five Newton-Schulz steps.
 
     Each maps every singular value s to a·s + b·s³ + c·s⁵, whose coefficients (Jordan et al. 2024)
-    were chosen to push anything in (0, 1] quickly to between 0.7 and 1.2.
+    were chosen to push anything in (0, 1] quickly to between 0.7 and 1.2. For the matrix x that is
+    (a + b·y + c·y²) x with y = x xᵀ. All five multiply x from the left by polynomials of the same
+    small square y, which commute: so they are multiplied with each other first, and with x once.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g / (g.norm() + 1e-7)
-    x = x.T if g.shape[0] > g.shape[1] else x
+    wide = g.mT if g.shape[-2] > g.shape[-1] else g
+    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    y = x @ x.mT
+    whole = identity = torch.eye(y.shape[-1]).to(y)
     for _ in range(5):
-        y = x @ x.T
-        x = a * x + (b * y + c * y @ y) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+        one = a * identity + b * y + c * y @ y
+        whole, y = one @ whole, one @ one @ y                # x <- one x, so y <- one y oneᵀ
+    return (whole @ x).mT if wide is not g else whole @ x
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -2039,7 +2045,7 @@ class Trainer:
             p.requires_grad_(n.startswith(prefix))
         params = {n: p for n, p in self.ldm.named_parameters() if p.requires_grad}
         ema = {n: p.detach().clone() for n, p in params.items()}
-        optimizer, start, before, mean_loss = Optimizer(params, self.dtype), 0, 0.0, None
+        optimizer, start, before, mean_loss = Optimizer(params), 0, 0.0, None
         if self.checkpoint and self.checkpoint["stage"] == stage:
             with blaming(f"the checkpoint of {self.out} is damaged", "remove it to start anew"):
                 start, before, mean_loss = (self.checkpoint[k] for k in ("step", "seconds", "loss"))
@@ -2060,8 +2066,9 @@ class Trainer:
             if not loss.isfinite():       # the checkpoint shall not be spoiled, too
                 raise InputError(f"the loss is {loss:f} at step {step}; begin with other weights")
             nn.utils.clip_grad_norm_(params.values(), 1.0)
-            # Warm up while running means are poor; cool down to nothing over the last third.
-            optimizer.step(min(1.0, (step + 1) / 100, (steps - step) / (steps / 3)))
+            # Warm up over the first third (at most 100 steps) while running means are poor; cool
+            # down to nothing over the last.
+            optimizer.step(min(1.0, (step + 1) / min(100, steps / 3), (steps - step) / (steps / 3)))
             # A moving average of the weights draws better than the weights (a short one at first).
             decay = min(ema_decay, (step + 1) / (step + 10))
             for n, p in params.items():
