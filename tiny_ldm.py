@@ -1979,14 +1979,15 @@ def orthogonalized(g: Tensor) -> Tensor:
     small square y, which commute: so they are multiplied with each other first, and with x once.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = g.mT if g.shape[-2] > g.shape[-1] else g
-    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    x = g / (torch.linalg.matrix_norm(g, keepdim=True) + 1e-7)
+    x = x.mT if (tall := g.shape[-2] > g.shape[-1]) else x
     y = x @ x.mT
     whole = identity = torch.eye(y.shape[-1]).to(y)
     for _ in range(5):
         one = a * identity + b * y + c * y @ y
         whole, y = one @ whole, one @ one @ y                # x <- one x, so y <- one y oneᵀ
-    return (whole @ x).mT if wide is not g else whole @ x
+    x = whole @ x
+    return x.mT if tall else x
 
 
 def rank_and_world() -> tuple[int, int]:
