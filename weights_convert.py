@@ -5,9 +5,7 @@
     python weights_convert.py --to official FILE -o OUT.safetensors
 
 SOURCE is an original file (.ckpt, .safetensors), a diffusers folder, or the id of a hub repository.
-All hold the same numbers under other names. There are a thousand names and a few rules: `bricks`
-walks through the networks and says what each part is called in ours, in the original ("official")
-and in diffusers' files; the small tables before it say the same for the layers inside a part.
+All hold the same numbers under other names, and a few renames lead from ours to theirs (section 1).
 """
 from __future__ import annotations
 
@@ -21,15 +19,11 @@ import mmap
 import os
 import re
 import shutil
-import signal
 import sys
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
-
-if __name__ == "__main__":       # as in tiny_ldm.py
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -39,145 +33,144 @@ from tqdm import tqdm
 
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
-                      LatentDiffusion, TextConfig, backend_from_json, blaming, check_config,
-                      clip_backend, misfit, read_text, read_weights, regular, write_whole)
+                      LatentDiffusion, TextConfig, check_file, check_header, check_output,
+                      check_weights, clip_backend, input_errors, read_text, say, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
-# Our name of a layer -> "official|diffusers", or one word where both say the same. Several names
-# are one matrix in ours, their rows stacked: the fused q, k, v.
-
-UNET_RES = {"norm1": "in_layers.0|norm1", "conv1": "in_layers.2|conv1",
-            "emb": "emb_layers.1|time_emb_proj", "norm2": "out_layers.0|norm2",
-            "conv2": "out_layers.3|conv2", "skip": "skip_connection|conv_shortcut"}
-VAE_RES = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2",
-           "skip": "nin_shortcut|conv_shortcut"}
-# In official files these are 1x1 convolutions, [o, i, 1, 1]; in ours they are linear, [o, i].
-VAE_ATTENTION = {"attention.qkv": "q k v|to_q to_k to_v", "attention.out": "proj_out|to_out.0"}
-PROJECTIONS = {"proj_in": "proj_in", "proj_out": "proj_out"}
-BLOCK = "transformer_blocks.0"
-TRANSFORMER = {
-    "norm": "norm", **{f"norm{i}": f"{BLOCK}.norm{i}" for i in (1, 2, 3)},
-    "self_attention.qkv": f"{BLOCK}.attn1.to_q {BLOCK}.attn1.to_k {BLOCK}.attn1.to_v",
-    "self_attention.out": f"{BLOCK}.attn1.to_out.0", "cross_attention.q": f"{BLOCK}.attn2.to_q",
-    "cross_attention.kv": f"{BLOCK}.attn2.to_k {BLOCK}.attn2.to_v",
-    "cross_attention.out": f"{BLOCK}.attn2.to_out.0",
-    "feed_forward.proj": f"{BLOCK}.ff.net.0.proj", "feed_forward.out": f"{BLOCK}.ff.net.2"}
-TEXT_LAYER = {"norm1": "layer_norm1", "norm2": "layer_norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
-              "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-              "attention.out": "self_attn.out_proj"}
-VAE_NORM = {"norm": "norm|group_norm"}
-UNET_ENDS = {"time1": "time_embed.0|time_embedding.linear_1", "conv_in": "input_blocks.0.0|conv_in",
-             "time2": "time_embed.2|time_embedding.linear_2", "norm_out": "out.0|conv_norm_out",
-             "conv_out": "out.2|conv_out"}
-VAE_ENDS = {"conv_in": "conv_in", "norm_out": "norm_out|conv_norm_out", "conv_out": "conv_out"}
-TEXT_ENDS = {"token_embedding": "embeddings.token_embedding", "norm": "final_layer_norm",
-             "position_embedding": "embeddings.position_embedding"}
-QUANT = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+# From our names to those in official files, which are CompVis', and to those of diffusers. Each
+# table is a list of (ours, theirs), replaced one after the other.
 
 UNET, VAE = "model.diffusion_model", "first_stage_model"
 TEXT = "cond_stage_model.transformer.text_model"
-Brick = tuple[dict[str, str], str, str, str]    # table, our prefix, official prefix, diffusers'
+
+# The text encoder and what is in a transformer block have the same names in both
+TEXT_ENCODER = [
+    ("token_embedding", "embeddings.token_embedding"),
+    ("position_embedding", "embeddings.position_embedding"),
+    (".layers.", ".encoder.layers."), (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."),
+    (".attention.to_q.", ".self_attn.q_proj."), (".attention.to_k.", ".self_attn.k_proj."),
+    (".attention.to_v.", ".self_attn.v_proj."), (".attention.to_out.", ".self_attn.out_proj."),
+    (".fc1.", ".mlp.fc1."), (".fc2.", ".mlp.fc2."), ("final_norm", "final_layer_norm")]
+TRANSFORMER = [
+    (".blocks.", ".transformer_blocks."), (".self_attention.", ".attn1."),
+    (".cross_attention.", ".attn2."), (".to_out.", ".to_out.0."),
+    (".feed_forward.proj_in.", ".ff.net.0.proj."), (".feed_forward.proj_out.", ".ff.net.2.")]
+
+OFFICIAL_UNET = [
+    ("time_embedding", "time_embed"),
+    ("down_blocks", "input_blocks"), ("mid_block", "middle_block"), ("up_blocks", "output_blocks"),
+    ("norm_out", "out.0"), ("conv_out", "out.2")]
+OFFICIAL_RES_BLOCK = [
+    (".norm1.", ".in_layers.0."), (".conv1.", ".in_layers.2."), (".emb_proj.", ".emb_layers.1."),
+    (".norm2.", ".out_layers.0."), (".conv2.", ".out_layers.3."), (".skip.", ".skip_connection.")]
+
+# diffusers' names of blocks are in `diffusers_blocks`; these are of the layers in them and around
+DIFFUSERS = [
+    ("time_embedding.0", "time_embedding.linear_1"),
+    ("time_embedding.2", "time_embedding.linear_2"), ("unet.norm_out", "unet.conv_norm_out"),
+    (".emb_proj.", ".time_emb_proj."), (".skip.", ".conv_shortcut."),
+    ("coder.mid_block.attentions.0.norm.", "coder.mid_block.attentions.0.group_norm."),
+    (".attention.", ".")]
+# CompVis' VAE is so much like diffusers' that the way is shorter from there
+OFFICIAL_VAE = [
+    ("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2."),
+    ("mid_block.attentions.0.", "mid.attn_1."), (".group_norm.", ".norm."), (".to_q.", ".q."),
+    (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."), ("_blocks.", "."),
+    (".resnets.", ".block."), ("samplers.0.", "sample."), ("conv_norm_out", "norm_out"),
+    (".conv_shortcut.", ".nin_shortcut.")]
+
+# In official files these are 1x1 convolutions, [o, i, 1, 1]; in ours they are linear, [o, i]
+CONVOLUTIONS = re.compile(r"(unet.*\.\d\.proj_(in|out)|vae.*\.attention\.to_\w+)\.weight")
 
 
-def bricks(c: Config) -> Iterator[Brick]:
-    """Every part of a model."""
-    yield UNET_ENDS, "unet", UNET, "unet"
-    yield from unet_bricks(c)
-    for side in ("encoder", "decoder"):
-        yield VAE_ENDS, f"vae.{side}", f"{VAE}.{side}", f"vae.{side}"
-        for i, official in ((0, "block_1"), (2, "block_2")):
-            yield (VAE_RES, f"vae.{side}.mid.{i}", f"{VAE}.{side}.mid.{official}",
-                   f"vae.{side}.mid_block.resnets.{i // 2}")
-        for table in (VAE_NORM, VAE_ATTENTION):
-            yield (table, f"vae.{side}.mid.1", f"{VAE}.{side}.mid.attn_1",
-                   f"vae.{side}.mid_block.attentions.0")
-    yield from vae_bricks(c)
-    yield QUANT, "vae", VAE, "vae"
-    yield TEXT_ENDS, "text_encoder", TEXT, "text_encoder"
-    for i in range(c.text.num_layers):
-        yield (TEXT_LAYER, f"text_encoder.layers.{i}", f"{TEXT}.encoder.layers.{i}",
-               f"text_encoder.encoder.layers.{i}")
+def renamed(name: str, *tables: list[tuple[str, str]]) -> str:
+    for table in tables:
+        for ours, theirs in table:
+            name = name.replace(ours, theirs)
+    return name
 
 
-def unet_bricks(c: Config) -> Iterator[Brick]:
-    """Levels and blocks in ours and in diffusers; the original counts through. On the way down it
-    counts each Downsample as a block; on the way up an Upsample belongs to the block before it."""
-    levels, depth, i = len(c.unet.channel_mult), c.unet.num_res_blocks, 1
-    for level in range(levels):
-        ours, theirs = f"unet.down.{level}", f"unet.down_blocks.{level}"
-        for b in range(depth):
-            at = f"{UNET}.input_blocks.{i}"
-            yield UNET_RES, f"{ours}.blocks.{b}.res", f"{at}.0", f"{theirs}.resnets.{b}"
-            if c.unet.attention[level]:
-                for table in (TRANSFORMER, PROJECTIONS):
-                    yield (table, f"{ours}.blocks.{b}.transformer", f"{at}.1",
-                           f"{theirs}.attentions.{b}")
-            i += 1
-        if level < levels - 1:
-            yield ({"conv": "op|conv"}, f"{ours}.resample", f"{UNET}.input_blocks.{i}.0",
-                   f"{theirs}.downsamplers.0")
-            i += 1
-    for ours, i in (("unet.mid1", 0), ("unet.mid2", 1)):
-        yield (UNET_RES, f"{ours}.res", f"{UNET}.middle_block.{2 * i}",
-               f"unet.mid_block.resnets.{i}")
-    for table in (TRANSFORMER, PROJECTIONS):
-        yield (table, "unet.mid1.transformer", f"{UNET}.middle_block.1",
-               "unet.mid_block.attentions.0")
-    for j, level in enumerate(reversed(range(levels))):
-        ours, theirs, attention = f"unet.up.{j}", f"unet.up_blocks.{j}", c.unet.attention[level]
-        for b in range(depth + 1):
-            at = f"{UNET}.output_blocks.{j * (depth + 1) + b}"
-            yield UNET_RES, f"{ours}.blocks.{b}.res", f"{at}.0", f"{theirs}.resnets.{b}"
-            if attention:
-                for table in (TRANSFORMER, PROJECTIONS):
-                    yield (table, f"{ours}.blocks.{b}.transformer", f"{at}.1",
-                           f"{theirs}.attentions.{b}")
-        if level > 0:
-            yield ({"conv": "conv"}, f"{ours}.resample", f"{at}.{2 if attention else 1}",
-                   f"{theirs}.upsamplers.0")
+@functools.cache
+def diffusers_blocks(c: Config) -> dict[str, str]:
+    """Our blocks, which are counted through -> diffusers', counted level by level and by kind."""
+    middle = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
+    blocks = {f"unet.mid_block.{i}": f"unet.{name}" for i, name in enumerate(middle)}
+    blocks["unet.down_blocks.0.0"] = "unet.conv_in"
+    per_level = c.unet.num_res_blocks + 1
+    for level, depth in enumerate(reversed(c.unet.transformer_depth)):
+        for i in range(per_level):
+            down, up = level * per_level + i + 1, level * per_level + i
+            blocks[f"unet.down_blocks.{down}.0"] = f"unet.down_blocks.{level}.resnets.{i}"
+            blocks[f"unet.down_blocks.{down}.1"] = f"unet.down_blocks.{level}.attentions.{i}"
+            blocks[f"unet.up_blocks.{up}.0"] = f"unet.up_blocks.{level}.resnets.{i}"
+            blocks[f"unet.up_blocks.{up}.1"] = f"unet.up_blocks.{level}.attentions.{i}"
+        # A Downsample is a block of its own, an Upsample the last layer of one
+        blocks[f"unet.down_blocks.{down}.0"] = f"unet.down_blocks.{level}.downsamplers.0"
+        blocks[f"unet.up_blocks.{up}.{1 + depth}"] = f"unet.up_blocks.{level}.upsamplers.0"
+
+    encoder, decoder = ["conv_in"], ["conv_in", *middle]
+    for level in range(len(c.vae.channel_mult)):
+        encoder += [f"down_blocks.{level}.resnets.{i}" for i in range(c.vae.num_res_blocks)]
+        encoder.append(f"down_blocks.{level}.downsamplers.0")
+        decoder += [f"up_blocks.{level}.resnets.{i}" for i in range(c.vae.num_res_blocks + 1)]
+        decoder.append(f"up_blocks.{level}.upsamplers.0")
+    ends = ["conv_norm_out", "SiLU", "conv_out"]
+    encoder[-1:] = middle + ends                  # the last level is not halved or doubled
+    decoder[-1:] = ends
+    blocks.update({f"vae.encoder.{i}": f"vae.encoder.{name}" for i, name in enumerate(encoder)})
+    blocks.update({f"vae.decoder.{i}": f"vae.decoder.{name}" for i, name in enumerate(decoder)})
+    return blocks
 
 
-def vae_bricks(c: Config) -> Iterator[Brick]:
-    """Careful, the original decoder counts its levels by resolution: its up.3 comes first."""
-    levels = len(c.vae.channel_mult)
-    for side, way in (("encoder", "down"), ("decoder", "up")):
-        for j in range(levels):
-            ours, theirs = f"vae.{side}.{way}.{j}", f"vae.{side}.{way}_blocks.{j}"
-            at = f"{VAE}.{side}.{way}.{j if way == 'down' else levels - 1 - j}"
-            for b in range(c.vae.num_res_blocks + (way == "up")):
-                yield VAE_RES, f"{ours}.blocks.{b}", f"{at}.block.{b}", f"{theirs}.resnets.{b}"
-            if j < levels - 1:
-                yield ({"conv": "conv"}, f"{ours}.resample", f"{at}.{way}sample",
-                       f"{theirs}.{way}samplers.0")
+def diffusers_name(name: str, c: Config) -> str:
+    """Our name of a tensor -> part and name in a diffusers folder."""
+    if name.startswith("text_encoder."):
+        return renamed(name, TEXT_ENCODER)
+    if found := re.match(r"(unet|vae)\.\w+(\.\d+)+", name):
+        name = name.replace(found[0], diffusers_blocks(c).get(found[0], found[0]), 1)
+    return renamed(name, DIFFUSERS, TRANSFORMER)
+
+
+def official_name(name: str, c: Config) -> str:
+    """Our name of a tensor -> the name in official files."""
+    if name.startswith("text_encoder."):
+        return renamed(name, TEXT_ENCODER).replace("text_encoder", TEXT)
+    if name.startswith("vae."):
+        name = diffusers_name(name, c)
+        if found := re.search(r"up_blocks\.(\d)", name):
+            # Careful, on the way up, too, level 0 is the one of the largest pictures
+            level = len(c.vae.channel_mult) - 1 - int(found[1])
+            name = name.replace(found[0], f"up_blocks.{level}")
+        return renamed(name, OFFICIAL_VAE).replace("vae", VAE)
+    in_transformer = ".blocks." in name           # where norm1 and norm2 keep their names
+    name = renamed(name, OFFICIAL_UNET, TRANSFORMER)
+    if not in_transformer:
+        name = renamed(name, OFFICIAL_RES_BLOCK)
+    name = re.sub(r"(input_blocks\.\d+\.0)\.conv\.", r"\1.op.", name)
+    return name.replace("unet", UNET)
 
 
 class Entry(NamedTuple):
-    """Where a tensor of ours comes from."""
+    """A tensor of ours, and where it comes from."""
     shape: tuple[int, ...]
-    official: list[str]           # several: stacked
-    diffusers: list[str]
-    conv: bool                    # two more dimensions in official files
+    official: str
+    official_shape: tuple[int, ...]
+    diffusers: str
 
 
 @functools.cache
 def name_map(c: Config) -> dict[str, Entry]:
     """Every tensor name of ours -> Entry."""
     with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in LatentDiffusion(c, None).named_parameters()}
-    out = {}
-    for table, ours, *prefixes in bricks(c):
-        for layer, words in table.items():
-            official, _, diffusers = words.partition("|")
-            for kind in ("weight", "bias"):
-                name = f"{ours}.{layer}.{kind}"
-                if name in shapes:      # not every layer has a bias, nor every ResBlock a skip
-                    names = ([f"{prefix}.{word}.{kind}" for word in theirs.split()]
-                             for prefix, theirs in zip(prefixes, (official, diffusers or official)))
-                    conv = kind == "weight" and table in (VAE_ATTENTION, PROJECTIONS)
-                    out[name] = Entry(shapes[name], *names, conv)
-    assert out.keys() == shapes.keys(), sorted(shapes.keys() ^ out.keys())[:3]
-    return out
+        ldm = LatentDiffusion(c, None)
+    entries = {}
+    for name, p in ldm.named_parameters():
+        shape = tuple(p.shape)
+        official_shape = (*shape, 1, 1) if CONVOLUTIONS.fullmatch(name) else shape
+        entries[name] = Entry(shape, official_name(name, c), official_shape,
+                              diffusers_name(name, c))
+    return entries
 
 
 # %% 2. Reading
@@ -195,17 +188,17 @@ KNOWN = {   # by sha256; of the first three the size is known only roughly
     "e1441589a6f3c5a53f5f54d0975a18a7feb7cdf0b0dee276dfc3331ae376a053": "v1-5-pruned.ckpt",
     "1a189f0be69d6106a48548e7626207dddd7042a418dbf372cefd05e0cdba61b6": "v1-5-pruned.safetensors",
     "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19": "sd-v1-5-inpainting.ckpt"}
-KNOWN_SIZES = ((4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000))
+KNOWN_SIZES = [(4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000)]
 
-# Classes that training frameworks leave in checkpoints. They are made inert; any other is refused.
+# Classes that training frameworks leave in checkpoints. They are made inert; any other is refused
 INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
-# Beside the networks in official files: the schedule, which tiny_ldm computes.
-TABLES = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-          "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
-          "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-          "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
-# CLIP's last layer, which compares texts with pictures; Stable Diffusion does not use it.
-PROJECTION = r"cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)"
+# What is not converted: the schedule, which tiny_ldm computes; counters; and CLIP's last layer,
+# which compares texts with pictures
+IGNORED = re.compile(
+    r"betas|\w*alphas_cumprod\w*|posterior_\w+|model_ema\.(decay|num_updates)|.*\.position_ids"
+    r"|cond_stage_model\..*(logit_scale|text_projection(\.weight)?)")
+# What can be the name of a hub repository
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.safetensors)")
 
 
 def recognised(path: Path) -> str | None:
@@ -223,41 +216,28 @@ def recognised(path: Path) -> str | None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file. Raises InputError."""
-    try:
-        with open(regular(path), "rb") as file:
-            head = file.read(512)
-    except OSError as e:
-        raise InputError(f"{path} can't be opened ({e.strerror or e}); check the path") from None
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a git-LFS pointer, not the file; fetch it: git lfs pull")
-    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"{path} is an HTML page, not a checkpoint: the download wants a log-in "
-                         "or has moved; get it again")
-    if not head:
-        raise InputError(f"{path} is empty; get it again")
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    if zipfile.is_zipfile(check_file(path)):
+        return read_pickle(path)
+    with input_errors(f"{path} is neither a whole .safetensors nor a whole .ckpt (a zip, as torch "
+                      "writes it since 1.6)", "get it again"):
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    with (blaming(f"{path} is no whole .safetensors file", "get it again"),
-          safe_open(path, framework="pt") as file):
-        return {name: file.get_tensor(name) for name in file.keys()}
+class Inert:
+    """Stands in for any class: takes whatever a pickle gives it and does nothing."""
 
+    def __init__(self, *args, **kwargs):
+        pass
 
-def inert(name: str) -> type:
-    """A class that takes whatever a pickle gives it and does nothing."""
-    ignore = lambda self, *args, **kwargs: None
-    return type(name, (), {"__init__": ignore, "__setstate__": ignore})
+    __setstate__ = __init__
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A .ckpt or .bin: a zip with a pickle in it. A pickle is a program; torch's reader runs only
     the few instructions that make tensors and plain values, and refuses names it does not know."""
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is neither a .safetensors nor a whole .ckpt (a zip, as torch "
-                         "writes it since 1.6); get it again")
-    with blaming(f"{path} is damaged", "get it again"):
-        with zipfile.ZipFile(path) as archive:        # torch writes them so; a bomb is not
+    with input_errors(f"{path} is damaged", "get it again"):
+        with zipfile.ZipFile(path) as archive:        # torch never compresses; a zip bomb does
             if any(entry.compress_type for entry in archive.infolist()):
                 raise ValueError("it is compressed")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -266,70 +246,87 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path} asks for {', '.join(refused[:3])}, which no checkpoint "
                              "needs; refused, and nothing in it has run; get it from a source you "
                              "trust")
-        stand_ins = [(inert(name.rsplit(".")[-1]), name) for name in names]
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
             found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         found = found.get("state_dict", found)
         # detach: a pickle may hang anything on a tensor, also in place of its methods
         return {str(name): Tensor.detach(t) for name, t in found.items() if isinstance(t, Tensor)}
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a diffusers folder, as unet.*, vae.* and text_encoder.*."""
-    tensors = {}
-    for part in ("unet", "vae", "text_encoder"):
-        names = part_files(part)
-        path = next((folder / name for name in names if (folder / name).exists()), None)
-        if path is None:
-            raise InputError(f"{folder} lacks {', '.join(names)}: is it a diffusers folder?")
-        for name, t in read_tensors(path).items():
-            name = name.removeprefix("text_model.")
-            if part == "vae":                          # the names before diffusers 0.15
-                for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
-                                 ("proj_attn", "to_out.0")):
-                    name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
-            tensors[f"{part}.{name}"] = t
-    return tensors
-
-
 def read_official(path: Path) -> dict[str, Tensor]:
     """A single file's tensors by their official names. Some programs that save fine-tunes spell
     those of the text encoder and of the VAE's attention otherwise."""
-    spellings = ((r"^(cond_stage_model\.transformer)\.(?=embeddings|encoder|final_layer_norm)",
-                  r"\1.text_model."),
-                 (r"(\.mid\.attn_1)\.to_([qkv])\.", r"\1.\2."),
-                 (r"(\.mid\.attn_1)\.to_out\.0\.", r"\1.proj_out."))
+    spellings = [("transformer.text_model.", "transformer."),
+                 ("cond_stage_model.transformer.", f"{TEXT}."),
+                 (".attn_1.to_out.0.", ".attn_1.proj_out."), (".attn_1.to_", ".attn_1.")]
     tensors = {}
-    for name, t in read_tensors(path).items():
-        for theirs, official in spellings:
-            name = re.sub(theirs, official, name)
+    for theirs, t in read_tensors(path).items():
+        name = renamed(theirs, spellings)
         if name in tensors:
             raise InputError(f"{path} holds {name} twice, by two names; get it again")
         tensors[name] = t
+    return take_average(tensors)
+
+
+def take_average(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file may hold two U-Nets: as trained, and the average of its weights (EMA), which is the
+    released model. Puts the second in the place of the first."""
+    averages = {}
+    for _, official, *_ in name_map(SD1).values():
+        if official.startswith(UNET):     # model.diffusion_model.out.2.bias has its average in
+            ending = official.removeprefix("model.").replace(".", "")
+            averages[official] = f"model_ema.{ending}"        # model_ema.diffusion_modelout2bias
+    if tensors.keys() >= set(averages.values()):
+        say("the file holds two U-Nets; taking the averaged one (EMA), which is the released model")
+        for official, average in averages.items():
+            tensors[official] = tensors.pop(average)
     return tensors
 
 
 def part_files(part: str) -> list[str]:
     """The names that a part's file may have in a diffusers folder, the best first."""
-    stems = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
+    stem, old_stem = f"{part}/diffusion_pytorch_model", f"{part}/diffusion_pytorch_model"
     if part == "text_encoder":
-        stems = {"safetensors": "model", "bin": "pytorch_model"}
-    return [f"{part}/{stem}{v}.{end}" for v in ("", ".fp16") for end, stem in stems.items()]
+        stem, old_stem = f"{part}/model", f"{part}/pytorch_model"
+    return [f"{stem}.safetensors", f"{old_stem}.bin",
+            f"{stem}.fp16.safetensors", f"{old_stem}.fp16.bin"]
+
+
+def best_files(source: str | Path, there: list[str]) -> dict[str, str]:
+    """Each part's file, of those that are there. Raises InputError."""
+    best = {}
+    for part in ("unet", "vae", "text_encoder"):
+        found = [name for name in part_files(part) if name in there]
+        if not found:
+            files = ", ".join(name for name in there if "." in name)
+            raise InputError(f"{source} lacks {part_files(part)[0]}, so it is no diffusers folder; "
+                             f"pass a folder, or one file (there: {files[:200] or 'nothing'})")
+        best[part] = found[0]
+    return best
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a diffusers folder, as unet.*, vae.* and text_encoder.*."""
+    # The VAE's attention had other names before diffusers 0.15
+    former = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
+              (".proj_attn.", ".to_out.0.")]
+    there = [file.relative_to(folder).as_posix() for file in folder.glob("*/*")]
+    tensors = {}
+    for part, file in best_files(folder, there).items():
+        for name, t in read_tensors(folder / file).items():
+            name = renamed(name.removeprefix("text_model."), former)
+            tensors[f"{part}.{name}"] = t
+    return tensors
 
 
 def download(repository: str) -> Path:
     """A hub repository as a diffusers folder, in huggingface_hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
-    with blaming(f"{repository} can't be had from the hub",
-                 "check name and network, or pass a file"):
-        files = HfApi().list_repo_files(repository)
-        wanted = [next((n for n in part_files(part) if n in files), None)
-                  for part in ("unet", "vae", "text_encoder")]
-        if None in wanted:
-            raise InputError(f"{repository} holds no diffusers folder; download one file and pass "
-                             "it: " + ", ".join(f for f in files if "." in f)[:200])
-        return Path(snapshot_download(repository, allow_patterns=[*wanted, "tokenizer/*",
-                                                                "scheduler/*"]))
+    with input_errors(f"{repository} can't be had from the hub",
+                      "check name and network, or pass a file"):
+        best = best_files(repository, HfApi().list_repo_files(repository))
+        wanted = [*best.values(), "tokenizer/*", "scheduler/*"]
+        return Path(snapshot_download(repository, allow_patterns=wanted))
 
 
 # %% 3. The tokenizer
@@ -341,97 +338,58 @@ WHAT_TO_PASS = ("pass --tokenizer with bpe_simple_vocab_16e6.txt.gz, a folder wi
 
 def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
     """CLIP's vocabulary from any of the three forms. Raises InputError."""
-    with blaming(f"{source} is no CLIP vocabulary", WHAT_TO_PASS):
+    with input_errors(f"{source} is no CLIP vocabulary", WHAT_TO_PASS):
         if (source / "vocab.json").exists():
             lines = read_text(source / "merges.txt").splitlines()
-            vocab = json.loads(read_text(source / "vocab.json"))
-            return clip_backend(vocab, pairs(lines[lines[0].startswith("#version") :]))
+            if lines[0].startswith("#version"):
+                lines = lines[1:]
+            return clip_backend(json.loads(read_text(source / "vocab.json")), pairs(lines))
         if source.is_dir():
             source = source / "tokenizer.json"
         if source.suffix == ".json":
-            return backend_from_json(read_text(source))
-        with (gzip.open if source.suffix == ".gz" else open)(regular(source), "rb") as file:
-            text = file.read(2**24).decode()        # the true one has 3 MB
+            # Only its tables: the rules of a stranger's file could take forever
+            tables = json.loads(read_text(source))["model"]
+            return clip_backend(tables["vocab"], pairs(tables["merges"]))
+        opener = gzip.open if source.suffix == ".gz" else open
+        with opener(check_file(source), "rb") as file:
+            text = file.read(2**24).decode()      # the true one has 3 MB
         merges = pairs(text.split("\n")[1 : 48894 + 1])
-        # OpenAI's order of the 256 byte symbols: printable ones, then the others, shifted by 256.
-        printable = [b for b in range(256) if chr(b).isprintable() and chr(b) not in " \xa0"]
-        symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-        merged = ["".join(pair) for pair in merges]
-        words = [*symbols, *(s + "</w>" for s in symbols), *merged, BOS, EOS]
-        return clip_backend({word: i for i, word in enumerate(words)}, merges)
+        return clip_backend(openai_vocab(merges), merges)
 
 
-def pairs(lines) -> list[tuple[str, str]]:
-    return [tuple(line.split()) for line in lines if line.strip()]
+def pairs(merges: list[str | list[str]]) -> list[list[str]]:
+    """["a b", ...], or pairs already as in newer files -> [["a", "b"], ...]."""
+    return [pair.split() if isinstance(pair, str) else pair for pair in merges if pair]
 
 
-def find_tokenizer(given: str | None, folder: Path | None) -> tokenizers.Tokenizer:
+def openai_vocab(merges: list[list[str]]) -> dict[str, int]:
+    """OpenAI's order: the 256 bytes, each written as a letter (first those that are printable, then
+    the others, shifted by 256), the same at the end of a word, the merges, the two marks."""
+    printable = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) not in " \xa0"]
+    letters = printable + [chr(256 + i) for i in range(256 - len(printable))]
+    endings = [letter + "</w>" for letter in letters]
+    merged = ["".join(pair) for pair in merges]
+    pieces = [*letters, *endings, *merged, BOS, EOS]
+    return {piece: number for number, piece in enumerate(pieces)}
+
+
+def find_tokenizer(given: str | None, path: Path) -> tokenizers.Tokenizer:
     """The one given; or the folder's; or the hub's."""
     if given is not None:
         return read_tokenizer(Path(given))
-    if folder and (folder / "tokenizer").is_dir():
-        return read_tokenizer(folder / "tokenizer")
+    if (path / "tokenizer").is_dir():
+        return read_tokenizer(path / "tokenizer")
     from huggingface_hub import hf_hub_download
-    with blaming("no vocabulary: the hub can't be reached", WHAT_TO_PASS):
-        path = hf_hub_download("openai/clip-vit-large-patch14", "tokenizer.json")
-    return read_tokenizer(Path(path))
+    with input_errors("no vocabulary: the hub can't be reached", WHAT_TO_PASS):
+        file = hf_hub_download("openai/clip-vit-large-patch14", "tokenizer.json")
+    return read_tokenizer(Path(file))
 
 
-# %% 4. Converting
+# %% 4. Checking
 # --------------------------------------------------------------------------------------------------
 
-def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
-    """SD1 or SD1_INPAINT with the widths that the tensors have: a fine-tune's are the same, a
-    test's are smaller. Raises InputError."""
-    def shape(part: str, name: str) -> tuple[int, ...]:
-        entry = name_map(SD1)[f"{part}.{name}.weight"]
-        theirs = (entry.official if official else entry.diffusers)[0]
-        if theirs not in tensors:
-            raise InputError(f"lacks {theirs}")
-        return tuple(tensors[theirs].shape)
-
-    conv_in, vae = shape("unet", "conv_in"), shape("vae", "encoder.conv_in")
-    if conv_in[1] not in (SD1.unet.in_channels, SD1_INPAINT.unet.in_channels):
-        raise InputError(f"has {conv_in[1]} input channels rather than 4 (or 9, to repaint)")
-    vocab_size, width = shape("text_encoder", "token_embedding")
-    length = shape("text_encoder", "position_embedding")[0]
-    layers = {n for n in tensors if re.search(r"encoder\.layers\.\d+\.layer_norm1\.weight$", n)}
-    text = TextConfig(vocab_size, length, width, len(layers), num_heads=max(1, width // 64))
-    return like_sd1(conv_in[1], conv_in[0], vae[0], text)
-
-
-def as_scheduled(config: Config, folder: Path) -> Config:
-    """The config with what a diffusers folder says of the U-Net's training, which its tensors do
-    not show: the schedule of the noise, and whether it puts out ε or v. Raises InputError."""
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.exists():
-        return config
-    with blaming(f"{file} is no schedule that tiny_ldm knows", "get another model, or the file "
-                 "again"):
-        found, s = json.loads(read_text(file)), config.schedule
-        predictions = {"epsilon": "eps", "v_prediction": "v"}
-        for name, known in (("prediction_type", (*predictions,)),
-                            ("beta_schedule", ("scaled_linear",)), ("trained_betas", (None,)),
-                            ("rescale_betas_zero_snr", (False,)),
-                            ("num_train_timesteps", (s.num_timesteps,))):
-            if found.get(name, known[0]) not in known:
-                raise ValueError(f"{name} is {found[name]!r}")
-        config = replace(
-            config, prediction=predictions[found.get("prediction_type", "epsilon")],
-            schedule=replace(s, beta_start=found.get("beta_start", s.beta_start),
-                             beta_end=found.get("beta_end", s.beta_end)))
-        check_config(config)
-    return config
-
-
-def like_sd1(in_channels: int, unet_channels: int, vae_channels: int, text: TextConfig) -> Config:
-    base = SD1_INPAINT if in_channels == SD1_INPAINT.unet.in_channels else SD1
-    return replace(base, text=text, vae=replace(base.vae, channels=vae_channels),
-                   unet=replace(base.unet, channels=unet_channels))
-
-
 def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
-    """Names what is not Stable Diffusion 1.x."""
+    """Names what is not Stable Diffusion 1.x. Raises InputError."""
     marks = {"a LoRA, which changes a checkpoint and is none": r"lora_|\.lora\.",
              "Stable Diffusion XL": r"^conditioner\.|^unet\.add_embedding\.",
              "Stable Diffusion 2.x": r"^cond_stage_model\.model\."}
@@ -443,37 +401,74 @@ def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
         raise InputError(f"{source} is {kinds[0]}; only Stable Diffusion 1.x can be converted")
 
 
-def find_sources(entries: dict[str, Entry], tensors: dict[str, Tensor], official: bool,
-                 source: str) -> dict[str, list[Tensor]]:
-    """Our tensor names -> the tensors to stack. Every tensor of the source is used or on the short
-    list of those that are not needed. Raises InputError."""
-    ema = official and any(n.startswith("model_ema.diffusion_model") for n in tensors)
-    if ema:
-        print("tiny_ldm: the file holds two U-Nets; taking the averaged one (EMA), which is the "
-              "released model", file=sys.stderr)
-    used, out = set(), {}
-    for ours, entry in entries.items():
-        names = entry.official if official else entry.diffusers
-        if ema:     # "model.diffusion_model.a.b" is "model_ema.diffusion_modelab"
-            names = [f"model_ema.{n[len('model.'):].replace('.', '')}" if n.startswith(UNET) else n
-                     for n in names]
-        for n in names:
-            if n not in tensors:
-                raise InputError(f"{source} lacks {n}: no whole Stable Diffusion 1.x; get it again")
-        used.update(names)
-        out[ours] = [tensors[n] for n in names]
-        for n, t in zip(names, out[ours]):
-            want = [entry.shape[0] // len(names), *entry.shape[1:]]
-            if t.dtype not in CODES or list(t.shape) not in (want, [*want, 1, 1]):
-                raise InputError(f"{source}: {n} is {t.dtype} {list(t.shape)} and should be {want} "
-                                 "in 16 to 64 bits; get it again")
-    ignored = re.compile("|".join([r".*\.position_ids", r"model_ema\.(decay|num_updates)", *TABLES,
-                                   PROJECTION] + [UNET + r"\..*"] * ema))
-    unknown = sorted(n for n in tensors if n not in used and not ignored.fullmatch(n))
+def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
+    """SD1 or SD1_INPAINT with the widths that the tensors have: a fine-tune's are the same, a
+    test's are smaller. Raises ValueError."""
+    def shape(name: str) -> tuple[int, ...]:
+        entry = name_map(SD1)[f"{name}.weight"]
+        theirs = entry.official if official else entry.diffusers
+        if theirs not in tensors:
+            raise ValueError(f"it lacks {theirs}")
+        return tensors[theirs].shape
+
+    conv_in, vae_conv_in = shape("unet.down_blocks.0.0"), shape("vae.encoder.0")
+    vocab_size, width = shape("text_encoder.token_embedding")
+    length = shape("text_encoder.position_embedding")[0]
+    layers = [n for n in tensors if re.search(r"encoder\.layers\.\d+\.layer_norm1\.weight$", n)]
+    text = TextConfig(vocab_size, length, width, len(layers), num_heads=max(1, width // 64))
+    if conv_in[1] not in (SD1.unet.in_channels, SD1_INPAINT.unet.in_channels):
+        raise ValueError(f"it has {conv_in[1]} input channels rather than 4 (or 9, to repaint)")
+    return like_sd1(conv_in[1], conv_in[0], vae_conv_in[0], text)
+
+
+def like_sd1(in_channels: int, unet_channels: int, vae_channels: int, text: TextConfig) -> Config:
+    base = SD1_INPAINT if in_channels == SD1_INPAINT.unet.in_channels else SD1
+    return replace(base, text=text, vae=replace(base.vae, channels=vae_channels),
+                   unet=replace(base.unet, channels=unet_channels))
+
+
+def as_scheduled(config: Config, folder: Path) -> Config:
+    """The config with what a diffusers folder says about the U-Net's training, which its tensors do
+    not show: the schedule of the noise, and whether it predicts ε or v. Raises InputError."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.exists():
+        return config
+    predictions = {"epsilon": "eps", "v_prediction": "v"}
+    known = {"prediction_type": list(predictions), "beta_schedule": ["scaled_linear"],
+             "trained_betas": [None], "rescale_betas_zero_snr": [False],
+             "num_train_timesteps": [config.schedule.num_timesteps]}
+    with input_errors(f"{file} is no schedule that tiny_ldm knows", "get another model"):
+        found = json.loads(read_text(file))
+        for name, values in known.items():
+            if found.get(name, values[0]) not in values:
+                raise ValueError(f"{name} is {found[name]!r}")
+        prediction = predictions[found.get("prediction_type", "epsilon")]
+        betas = {key: float(found[key]) for key in ("beta_start", "beta_end") if key in found}
+    return replace(config, prediction=prediction, schedule=replace(config.schedule, **betas))
+
+
+def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], source: str
+                  ) -> None:
+    """Raises InputError unless the tensors are those wanted, in these shapes, and no others."""
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise InputError(f"{source} lacks {name}: no whole model; get it again")
+        t = tensors[name]
+        if t.dtype not in CODES or t.shape not in (shape, (*shape, 1, 1)):
+            raise InputError(f"{source}: {name} is {t.dtype} {list(t.shape)} and should be "
+                             f"{list(shape)} in 16 to 64 bits; get it again")
+    unknown = sorted(name for name in tensors.keys() - wanted.keys() if not IGNORED.fullmatch(name))
     if unknown:
-        raise InputError(f"{source} holds {len(unknown)} tensors that Stable Diffusion 1.x has "
-                         f"not: {', '.join(unknown[:3])}")
-    return out
+        raise InputError(f"{source} holds {len(unknown)} tensors that such a model has not: "
+                         f"{', '.join(unknown[:3])}")
+
+
+# %% 5. Writing
+# --------------------------------------------------------------------------------------------------
+
+# What a .safetensors calls the number formats
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+Row = tuple[Tensor, tuple[int, ...]]              # a tensor, and the shape to write it in
 
 
 def forget(t: Tensor) -> None:
@@ -483,109 +478,80 @@ def forget(t: Tensor) -> None:
     Careful, t may be a view whose numbers take less room than it counts: what lies behind is not
     its own."""
     start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if sys.platform == "linux" and length > 0 and t.is_contiguous():
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)  # DONTNEED
+    end = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and end > start and t.is_contiguous():
+        dont_need = 4
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
 
 
-# What a .safetensors calls the number formats that there are (8-bit floats can't be stacked).
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-
-
-class Plan(NamedTuple):
-    """A tensor to write: `make` is called when its turn comes."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-
-def write_safetensors(path: Path, plan: dict[str, Plan], metadata: dict[str, str]) -> None:
-    """A .safetensors, tensor by tensor: the header's length, the header as JSON, the bytes. Raises
-    InputError for values that are not finite, and for a disk that is full."""
+def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | None,
+                      metadata: dict[str, str]) -> None:
+    """A .safetensors, tensor by tensor: the header's length, the header as JSON, the bytes. dtype:
+    None keeps each tensor's. Raises InputError for values that are not finite, and for a disk that
+    is full."""
     header, at = {"__metadata__": metadata}, 0
-    for name, (shape, dtype, _) in plan.items():
-        end = at + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+    for name, (tensor, shape) in rows.items():
+        kind = dtype or tensor.dtype
+        end = at + torch.Size(shape).numel() * kind.itemsize
+        header[name] = {"dtype": CODES[kind], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    if path.parent.is_dir() and (free := shutil.disk_usage(path.parent).free) < at + len(head):
+    free = shutil.disk_usage(path.parent).free
+    if free < at + len(head):
         raise InputError(f"{path} needs {at / 1e9:.2f} GB and there are {free / 1e9:.2f} GB left; "
                          "make room")
 
     def write(beside: str) -> None:
         with open(beside, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
-            for name, (_, dtype, make) in tqdm(plan.items(), "converting", unit="tensor"):
-                t = make().to(dtype).contiguous()
+            for name, (tensor, shape) in tqdm(rows.items(), "converting", unit="tensor"):
+                t = tensor.reshape(shape).to(dtype or tensor.dtype).contiguous()
                 if not t.isfinite().all():
-                    raise InputError(f"{name} holds values that are not finite in {dtype}; get the "
-                                     "file again, or try --dtype float32")
+                    raise InputError(f"{name} holds values that are not finite in {t.dtype}; get "
+                                     "the file again, or try --dtype float32")
                 file.write(t.view(torch.uint8).numpy().data)
+                forget(tensor)
 
     write_whole(path, write)
 
 
-def may_write(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise InputError(f"{out} exists already; choose another name with -o, or replace it with "
-                         "--force")
-
-
-def stacked(shape: tuple[int, ...], parts: list[Tensor]) -> Callable[[], Tensor]:
-    """A function that makes one tensor of ours, and lets its sources go."""
-    def make() -> Tensor:
-        t = torch.cat([part.reshape(-1, *shape[1:]) for part in parts])     # always a copy
-        for part in parts:
-            forget(part)
-        return t
-    return make
-
-
-def convert(source: str, out: Path | None = None, dtype: torch.dtype | None = None,
-            tokenizer: str | None = None, force: bool = False) -> Path:
-    """Official or diffusers' weights to a tiny_ldm weights file. Returns its name. Raises
-    InputError."""
+def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | None) -> None:
+    """Official or diffusers' weights to a tiny_ldm weights file. Raises InputError."""
     path = Path(source)
-    name = path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
-    out = out or Path(f"{name}.tiny_ldm.safetensors")
-    may_write(out, force)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.safetensors)", source):
+    if not path.exists() and HUB_ID.fullmatch(source):
         path = download(source)
     official = not path.is_dir()
     tensors = read_official(path) if official else read_folder(path)
     refuse_others(tensors, source)
-    try:
+    with input_errors(f"{source} is no Stable Diffusion 1.x", "README.md names files that are"):
         config = config_of(tensors, official)
         entries = name_map(config)
-    except (ValueError, IndexError) as e:      # an InputError is a ValueError, too
-        why = e if isinstance(e, InputError) else "has tensors of impossible shapes"
-        raise InputError(f"{source} is no Stable Diffusion 1.x: it {why}; README.md names files "
-                         "that are") from None
-    parts = find_sources(entries, tensors, official, source)
+    names = {ours: e.official if official else e.diffusers for ours, e in entries.items()}
+    check_tensors(tensors, {names[ours]: e.shape for ours, e in entries.items()}, source)
     config = config if official else as_scheduled(config, path)
-    backend = find_tokenizer(tokenizer, None if official else path)
-    if backend.get_vocab_size() != config.text.vocab_size:
-        raise InputError(f"the vocabulary has {backend.get_vocab_size()} tokens and {source} has "
+    backend = find_tokenizer(tokenizer, path)
+    tokens = max(backend.get_vocab().values(), default=-1) + 1
+    if tokens != config.text.vocab_size:
+        raise InputError(f"the vocabulary has {tokens} tokens and {source} has "
                          f"{config.text.vocab_size}; {WHAT_TO_PASS}")
-    known = recognised(path) if official else None
-    where = "in a file that is not on record" if official else "in a diffusers folder"
-    print(f"tiny_ldm: {source} is {known or f'{config.name}, {where}'}", file=sys.stderr)
     metadata = {"format": "tiny_ldm", "config": json.dumps(asdict(config)),
                 "tokenizer": backend.to_str()}
-    plan = {ours: Plan(shape, dtype or parts[ours][0].dtype, stacked(shape, parts[ours]))
-            for ours, (shape, *_) in entries.items()}
-    write_safetensors(out, plan, metadata)
-    return out
+    with input_errors(f"{source} can't be used", "get it again"):
+        check_header(metadata)
+    known = recognised(path) if official else None
+    where = "in a file that is not on record" if official else "in a diffusers folder"
+    say(f"{source} is {known or f'{config.name}, {where}'}")
+    rows = {ours: (tensors[names[ours]], e.shape) for ours, e in entries.items()}
+    write_safetensors(out, rows, dtype, metadata)
 
 
-def to_official(source: str, out: Path | None = None, dtype: torch.dtype | None = None,
-                force: bool = False) -> Path:
-    """A tiny_ldm weights file to a checkpoint in the official layout, without the schedule tables.
-    Returns its name. Raises InputError."""
-    out = out or Path(f"{Path(source).stem}.official.safetensors")
-    may_write(out, force)
-    c, _, tensors = read_weights(Path(source), torch.device("cpu"))
+def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
+    """A tiny_ldm weights file to a checkpoint in the official layout, without the schedule. Raises
+    InputError."""
+    check_weights(source)
+    with safe_open(source, framework="pt") as file:
+        c = Config.from_dict(json.loads(file.metadata()["config"]))
     like = like_sd1(c.unet.in_channels, c.unet.channels, c.vae.channels, c.text)
     others = [name for name in vars(c) if getattr(c, name) != getattr(like, name)
               and name not in ("name", "image_size")]
@@ -593,39 +559,40 @@ def to_official(source: str, out: Path | None = None, dtype: torch.dtype | None 
         raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x (other: "
                          f"{', '.join(others)}), and the official layout has no place to say so; "
                          "use it as it is")
-    plan, entries = {}, name_map(c)
-    if problem := misfit(tensors, {name: entry.shape for name, entry in entries.items()}):
-        raise InputError(f"{source} is damaged: its tensors are not those of its config (it "
-                         f"{problem}); get it again")
-    for ours, entry in entries.items():
-        for name, piece in zip(entry.official, tensors[ours].chunk(len(entry.official))):
-            shape = (*piece.shape, 1, 1) if entry.conv else tuple(piece.shape)
-            plan[name] = Plan(shape, dtype or piece.dtype, lambda p=piece, s=shape: p.reshape(s))
-    write_safetensors(out, plan, {"format": "pt"})
-    return out
+    tensors, entries = read_tensors(Path(source)), name_map(c)
+    check_tensors(tensors, {ours: e.shape for ours, e in entries.items()}, source)
+    rows = {e.official: (tensors[ours], e.official_shape) for ours, e in entries.items()}
+    write_safetensors(out, rows, dtype, {"format": "pt"})
 
 
-# %% 5. Command line
+# %% 6. Command line
 # --------------------------------------------------------------------------------------------------
 
 def run(argv: list[str]) -> None:
     """What the arguments ask for. Raises InputError."""
-    ap = ArgumentParser(prog="weights_convert.py", description=__doc__, allow_abbrev=False,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("source", metavar="SOURCE",
-                    help=".ckpt, .safetensors, diffusers folder, or hub repository id")
-    ap.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: named after SOURCE")
-    ap.add_argument("--dtype", choices=("float16", "float32"), help="default: as in SOURCE")
-    ap.add_argument("--tokenizer", metavar="FILE_OR_FOLDER",
-                    help="CLIP's vocabulary, for a lone checkpoint")
-    ap.add_argument("--to", choices=("tiny_ldm", "official"), default="tiny_ldm")
-    ap.add_argument("--force", action="store_true", help="replace an output that exists")
-    args = ap.parse_args(argv)
+    parser = ArgumentParser(prog="weights_convert.py", description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help=".ckpt, .safetensors, diffusers folder, or hub repository")
+    add("-o", "--output", metavar="FILE", type=Path, help="default: named after SOURCE")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as in SOURCE")
+    add("--tokenizer", metavar="FILE_OR_FOLDER", help="CLIP's vocabulary, for a lone checkpoint")
+    add("--to", choices=("tiny_ldm", "official"), default="tiny_ldm")
+    add("--force", action="store_true", help="replace an output that exists")
+    args = parser.parse_args(argv)
+    path = Path(args.source)
+    name = path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
+    out = args.output or Path(f"{name}.{args.to}.safetensors")
+    if out.exists() and not (args.force and out.is_file()):     # a folder or device never is
+        raise InputError(f"{out} exists already; choose another name with -o, or replace a file "
+                         "with --force")
+    check_output(out, endings=("",))
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.to == "official":
-        print(to_official(args.source, args.output, dtype, args.force))
+        to_official(args.source, out, dtype)
     else:
-        print(convert(args.source, args.output, dtype, args.tokenizer, args.force))
+        convert(args.source, out, dtype, args.tokenizer)
+    print(out)
 
 
 def main(argv: list[str] | None = None) -> int:

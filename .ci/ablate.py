@@ -1,11 +1,11 @@
-"""What does it matter to the built-in model? Trains its U-Net and text encoder from nothing, once as
+"""What matters to the built-in model? Trains its U-Net and text encoder from nothing, once as
 `--train` does and once for each thing left out, and judges each on held-out (colour, shape) pairs.
 
     python .ci/ablate.py FOLDER --steps 1500 --captions 150
 
-All start from the VAE of the built-in model and from the same random weights, see the same pictures,
-and train at the same time, so that they share the machine. What FOLDER holds already is used: a run
-that was interrupted goes on.
+All start from the VAE of the built-in model and from the same random weights, see the same
+pictures, and train at the same time, so that they share the machine. What FOLDER holds already is
+used: a run that was interrupted goes on.
 """
 import argparse
 import os
@@ -15,8 +15,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-CHANGES = {"as it is": {}, "without caption dropout": {"caption_dropout": 0.0},
-           "text encoder frozen, as random as it began": {"second_stage": ("unet.",)}}
+CHANGES = ("as it is", "without caption dropout", "text encoder frozen, as random as it began",
+           "AdamW in place of Muon")
 SCALES = (1.0, 2.0, 3.0)
 
 
@@ -35,27 +35,69 @@ def make_start(file):
     fresh.save(file)
 
 
+def drop_no_captions():
+    """From now on every picture is trained with its caption."""
+    import torch
+    import tiny_ldm
+    as_it_is = tiny_ldm.text_to_image_loss
+
+    def loss(ldm, x0, ids, **settings):
+        none = torch.zeros(len(ids), dtype=torch.bool)
+        return as_it_is(ldm, x0, ids, dropped=none, **settings)
+
+    tiny_ldm.text_to_image_loss = loss
+
+
+def freeze_text_encoder():
+    """From now on only the U-Net is trained."""
+    import tiny_ldm
+    as_it_is = tiny_ldm.Trainer.fit
+
+    def fit(self, stage, parts, steps, batch):
+        as_it_is(self, stage, ("unet.",), steps, batch)
+
+    tiny_ldm.Trainer.fit = fit
+
+
+def use_adamw():
+    """From now on AdamW trains everything."""
+    import torch
+    import tiny_ldm
+
+    def make_optimizer(weights):
+        return torch.optim.AdamW(weights.values(), lr=1e-3, betas=(0.9, 0.99))
+
+    tiny_ldm.make_optimizer = make_optimizer
+
+
 def train(name, args):
     """The training of one of CHANGES, in this process."""
     import torch
     import tiny_ldm
-    for setting, value in CHANGES[name].items():
-        setattr(tiny_ldm.Trainer, setting, value)
-    tiny_ldm.train("shapes", file_of(args.folder, name), weights=args.folder / "start.safetensors",
-                   unet_steps=args.steps, dtype=getattr(torch, args.dtype))
+    if "dropout" in name:
+        drop_no_captions()
+    if "frozen" in name:
+        freeze_text_encoder()
+    if "AdamW" in name:
+        use_adamw()
+    start = args.folder / "start.safetensors"
+    tiny_ldm.train_model("shapes", file_of(args.folder, name), weights=start,
+                         unet_steps=args.steps, dtype=getattr(torch, args.dtype))
 
 
 def table(args):
+    import judge
     import tiny_ldm
-    import test_tiny_ldm as tests
-    print("| held-out pairs | " + " | ".join(f"guidance scale {scale:g}" for scale in SCALES) + " |")
+    heads = [f"guidance scale {scale:g}" for scale in SCALES]
+    print("| held-out pairs | " + " | ".join(heads) + " |")
     print("|---" * (1 + len(SCALES)) + "|")
     for name in CHANGES:
-        ldm, row = tiny_ldm.LatentDiffusion.load(file_of(args.folder, name)), []
+        ldm = tiny_ldm.LatentDiffusion.load(file_of(args.folder, name))
+        row = []
         for scale in SCALES:
-            judged = tests.prompt_following(ldm, "held-out", args.captions, steps=25,
+            judged = judge.prompt_following(ldm, "held-out", args.captions, steps=25,
                                             sampler="euler_a", guidance_scale=scale)
-            row.append(f"{100 * tests.right(judged):.0f} %")
+            row.append(f"{100 * judge.right(judged):.0f} %")
         print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 

@@ -1,19 +1,22 @@
 """Prints tables of speed and memory, each measured in one run.
 
-    python .ci/bench.py unet      a guided step of Stable Diffusion 1.x, beside diffusers, OpenVINO
-    python .ci/bench.py vae       the decoding of a 512 x 512 picture, beside the same
+    python .ci/bench.py unet      a guided step of Stable Diffusion 1.x, next to diffusers, OpenVINO
+    python .ci/bench.py vae       the decoding of a 512 x 512 picture, next to the same
     python .ci/bench.py memory    of a 512 x 512 picture, and of loading
-    python .ci/bench.py steps     the error against the network calls, beside diffusers' schedulers
-    python .ci/bench.py shapes    the built-in model: pictures a second, cold start
-    python .ci/bench.py train     pictures a second in training, with one process and two
+    python .ci/bench.py steps     the error against the network calls, next to diffusers' schedulers
+    python .ci/bench.py shapes    the built-in model: pictures per second, cold start
+    python .ci/bench.py train     pictures per second in training, with one process and two
+    python .ci/bench.py train --against FOLDER     next to another commit, checked out in FOLDER
 
-`--device cuda` runs all but memory and steps on a GPU, `--rounds N` says how often each is measured,
-and `--dtypes float32` limits the precisions. What is not installed (diffusers, transformers,
-openvino) is left out. Weights are synthetic, so nothing is downloaded; 8 GB of disk are used on the
-way.
+`--device cuda` runs all but memory and steps on a GPU, `--rounds N` says how often each is
+measured, and `--dtypes float32` limits the precisions. What is not installed (diffusers,
+transformers, openvino) is left out. Weights are synthetic, so nothing is downloaded. 8 GB of disk
+are used on the way. `--narrow` takes a very small model instead, which shows that the tables work
+but not what is fast.
 
-Every engine is a process of its own that has loaded its model and waits. tiny_ldm and another take
-turns, so that a slow minute of the machine hits both. Given are medians.
+Every engine is a process of its own that has loaded its model and waits. The two that are compared
+take turns, so that a slow minute of the machine hits both. Figures are medians. A bar is a promise:
+what tiny_ldm must not fall behind.
 """
 import argparse
 import json
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,27 +41,30 @@ SAME_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 -
 
 
 # --------------------------------------------------------------------------------------------------
-# The engines: each a function that loads a model and returns what is to be timed, a call that
+# The engines: each is a function that loads a model and returns what is to be timed, a call that
 # returns its output
 
-def inputs(part, dtype, device):
+def inputs(folder, part, dtype, device):
     """Of the U-Net: latents of one picture twice, timestep, context. Of the VAE: latents."""
     import torch
     g = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(shape, generator=g).to(device, dtype)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g).to(device, dtype)
+
     if part == "vae":
         return (normal(1, 4, 64, 64),)
-    return normal(2, 4, 64, 64), torch.full((2,), 500, device=device), normal(2, 77, 768)
+    width = json.loads((folder / "unet" / "config.json").read_text())["cross_attention_dim"]
+    return normal(2, 4, 64, 64), torch.full((2,), 500, device=device), normal(2, 77, width)
 
 
 def tiny_ldm_engine(folder, part, dtype, device, compiled=False):
     import tiny_ldm
     ldm = tiny_ldm.LatentDiffusion.load(folder / "t.safetensors", device, dtype)
     if compiled:
-        ldm.compile_networks()
+        tiny_ldm.compile_networks(ldm)
     call = ldm.unet if part == "unet" else ldm.vae.decode
-    arguments = inputs(part, dtype, device)
-    return lambda: call(*arguments)
+    return partial(call, *inputs(folder, part, dtype, device))
 
 
 def diffusers_network(folder, part, dtype, device):
@@ -67,46 +74,67 @@ def diffusers_network(folder, part, dtype, device):
     network = kind.from_pretrained(folder / part, torch_dtype=dtype).to(device).eval()
     if part == "vae":
         network.forward = network.decode
-    return network.to(memory_format=torch.channels_last if dtype != torch.float32
-                      else torch.contiguous_format)
+    # In either precision what is faster, as in tiny_ldm
+    order = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
+    return network.to(memory_format=order)
 
 
 def diffusers_engine(folder, part, dtype, device, compiled=False):
     network = diffusers_network(folder, part, dtype, device)
     if compiled:
         network.compile()
-    arguments = inputs(part, dtype, device)
-    return lambda: network(*arguments).sample
+    arguments = inputs(folder, part, dtype, device)
+
+    def call():
+        return network(*arguments).sample
+
+    return call
 
 
 def openvino_engine(folder, part, dtype, device):
     import openvino
     import torch
     network = diffusers_network(folder, part, torch.float32, "cpu")
-    arguments = inputs(part, torch.float32, "cpu")
+    arguments = inputs(folder, part, torch.float32, "cpu")
     model = openvino.convert_model(network, example_input=arguments)
     del network
     hint = {"INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16"}
     compiled = openvino.Core().compile_model(model, "CPU", hint)
-    arrays = [a.numpy() for a in arguments]
-    return lambda: torch.from_numpy(compiled(arrays)[0])
+    arrays = [argument.numpy() for argument in arguments]
+
+    def call():
+        return torch.from_numpy(compiled(arrays)[0])
+
+    return call
 
 
-def ceiling_engine(shape):
-    """A convolution or a matrix product of a size that the networks have: what this machine can."""
-    def make(folder, part, dtype, device):
-        import torch
-        import torch.nn.functional as F
-        if shape == "matrix product":
-            a = torch.randn(4096, 4096, device=device, dtype=dtype)
-            return lambda: [a @ a for _ in range(4)]
-        x = torch.randn(2, 320, 64, 64, device=device, dtype=dtype)
-        w = torch.randn(320, 320, 3, 3, device=device, dtype=dtype)
-        x, w = (y.to(memory_format=torch.channels_last) for y in (x, w))
-        return lambda: [F.conv2d(x, w, padding=1) for _ in range(32)]
-    return make
+def matrix_product_engine(folder, part, dtype, device):
+    """This and the next: what the machine can do at best, in sizes that the networks have."""
+    import torch
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+
+    def call():
+        for _ in range(4):
+            a @ a
+
+    return call
 
 
+def convolution_engine(folder, part, dtype, device):
+    import torch
+    import torch.nn.functional as F
+    x = torch.randn(2, 320, 64, 64, device=device, dtype=dtype)
+    w = torch.randn(320, 320, 3, 3, device=device, dtype=dtype)
+    x, w = (tensor.to(memory_format=torch.channels_last) for tensor in (x, w))
+
+    def call():
+        for _ in range(32):
+            F.conv2d(x, w, padding=1)
+
+    return call
+
+
+# GFLOP of one call
 CEILINGS = {"matrix product": 4 * 2 * 4096**3 / 1e9,
             "convolution": 32 * 2 * 2 * 64 * 64 * 320 * 320 * 9 / 1e9}
 
@@ -129,7 +157,26 @@ ENGINES = {
     "diffusers, compiled": Engine(partial(diffusers_engine, compiled=True), ("cuda",),
                                   ("diffusers",)),
     "OpenVINO": Engine(openvino_engine, ("cpu",), ("diffusers", "openvino")),
-    **{name: Engine(ceiling_engine(name)) for name in CEILINGS}}
+    "matrix product": Engine(matrix_product_engine),
+    "convolution": Engine(convolution_engine)}
+
+
+class Bar(NamedTuple):
+    """The time of `ours` is at most `times` that of `theirs`, on a CPU."""
+    ours: str
+    theirs: str
+    times: float
+
+
+BARS = {
+    ("unet", "float32"): [Bar("tiny_ldm", "diffusers, our allocator settings", 1.03),
+                          Bar("tiny_ldm --compile", "OpenVINO", 1.15)],
+    ("unet", "bfloat16"): [Bar("tiny_ldm", "diffusers, our allocator settings", 0.95),
+                           Bar("tiny_ldm --compile", "OpenVINO", 1.05)],
+    ("vae", "float32"): [Bar("tiny_ldm", "diffusers, our allocator settings", 1.05)],
+    ("vae", "bfloat16"): [Bar("tiny_ldm", "diffusers, our allocator settings", 1.05)]}
+COLD_START_BAR = 2.6         # times `import torch`
+TRAINING_BAR = 0.9           # times the pictures per second of the commit in --against
 
 
 def work(engine, part, dtype, device, folder):
@@ -153,7 +200,8 @@ def work(engine, part, dtype, device, folder):
 
         _, out = seconds()
         first = time.perf_counter() - begin
-        error, answer = 0.0, folder / f"{part}.{dtype}.pt"
+        error = 0.0
+        answer = folder / f"{part}.{dtype}.pt"
         if engine == "tiny_ldm":
             torch.save(out.float().cpu(), answer)
         elif engine not in CEILINGS:          # everyone must compute the same
@@ -168,20 +216,26 @@ def work(engine, part, dtype, device, folder):
 # --------------------------------------------------------------------------------------------------
 # The tables
 
-def make_models(folder):
-    """A diffusers folder with random weights of full size, and what weights_convert.py makes of
-    it."""
+def make_models(folder, narrow):
+    """A diffusers folder with random weights of full size (or narrow), and what weights_convert.py
+    makes of it."""
     import torch
     import test_tiny_ldm as tests
+    import tiny_ldm
     import weights_convert
-    torch.manual_seed(0)
+    config = tiny_ldm.SD1
+    if narrow:
+        config = replace(config, text=replace(config.text, width=64, num_heads=2, num_layers=1),
+                         vae=replace(config.vae, channels=32),
+                         unet=replace(config.unet, channels=32))
     with torch.no_grad():
-        for model, name in zip(tests.reference_models(tests.SD1), ("text_encoder", "unet", "vae")):
+        models = tests.reference_models(config, tests.official_tensors(config))
+        for model, name in zip(models, ("text_encoder", "unet", "vae")):
             model.save_pretrained(folder / name)
     (folder / "tokenizer").mkdir()
     tables = json.loads(tests.small_tokenizer(77).backend.to_str())
     vocab = tables["model"]["vocab"]         # filled up to CLIP's size
-    vocab.update({f"no word {i}": i for i in range(len(vocab), tests.SD1.text.vocab_size)})
+    vocab.update({f"no word {i}": i for i in range(len(vocab), config.text.vocab_size)})
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(tables))
     if weights_convert.main([str(folder), "-o", str(folder / "t.safetensors")]):
         sys.exit("the conversion failed")
@@ -209,6 +263,10 @@ class Process:
         self.process.stdin.flush()
         return float(self.line())
 
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+
 
 class Result(NamedTuple):
     seconds: float
@@ -220,37 +278,57 @@ class Result(NamedTuple):
 def in_turns(engines, part, dtype, args, folder):
     """{engine: Result}, of engines that take turns."""
     processes = []
+    ready = []
     for engine in engines:
-        processes.append(p := Process(engine, part, dtype, args.device, folder))
-        p.ready = map(float, p.line().split()[1:])
-    rounds = [[p.seconds() for p in processes] for _ in range(args.rounds)]
-    for p in processes:
-        p.process.kill()
-        p.process.wait()
-    return {p.engine: Result(statistics.median(column), *p.ready)
-            for p, column in zip(processes, zip(*rounds))}
+        process = Process(engine, part, dtype, args.device, folder)
+        processes.append(process)
+        ready.append([float(word) for word in process.line().split()[1:]])
+    rounds = []
+    for _ in range(args.rounds):
+        rounds.append([process.seconds() for process in processes])
+    for process in processes:
+        process.end()
+    medians = [statistics.median(column) for column in zip(*rounds)]
+    return {engine: Result(middle, *rest) for engine, middle, rest in zip(engines, medians, ready)}
 
 
 def compare(part, args, folder):
-    """tiny_ldm beside one other at a time: all of them at once would need 30 GB of memory."""
+    """tiny_ldm next to one other at a time: all of them at once would need 30 GB of memory."""
+    others = [name for name, engine in ENGINES.items()
+              if engine.is_there(args.device) and name not in ("tiny_ldm", *CEILINGS)]
+    on_gpu = args.device != "cpu"
     for dtype in args.dtypes:
         found = in_turns(["tiny_ldm", *CEILINGS], part, dtype, args, folder)
         speeds = {name: gflop / found[name].seconds for name, gflop in CEILINGS.items()}
-        print(f"\n{part}, {dtype}, {args.device}: medians of {args.rounds}; ceiling: " + ", ".join(
-            f"{name} {speed:.0f} GFLOP/s" for name, speed in speeds.items()) + "\n")
-        on_gpu = args.device != "cpu"
+        ceiling = ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in speeds.items())
+        print(f"\n{part}, {dtype}, {args.device}: medians of {args.rounds}; ceiling: {ceiling}\n")
         print("| | seconds | tiny_ldm's time over this | share of the ceiling | with loading, "
               "the first call | difference from tiny_ldm |" + " GPU memory |" * on_gpu)
         print("|---|---|---|---|---|---|" + "---|" * on_gpu)
-        others = [name for name, e in ENGINES.items()
-                  if e.is_there(args.device) and name not in ("tiny_ldm", *CEILINGS)]
+        ratios = {}
         for other in ["tiny_ldm", *others]:
             if other != "tiny_ldm":
                 found = in_turns(["tiny_ldm", other], part, dtype, args, folder)
             it = found[other]
-            print(f"| {other} | {it.seconds:.3g} | {found['tiny_ldm'].seconds / it.seconds:.2f} | "
-                  f"{100 * GFLOP[part] / it.seconds / max(speeds.values()):.0f} % | {it.first:.0f} "
-                  f"s | {it.error:.1e} |" + f" {it.memory / 1e9:.2f} GB |" * on_gpu, flush=True)
+            ratios["tiny_ldm", other] = found["tiny_ldm"].seconds / it.seconds
+            share = GFLOP[part] / it.seconds / max(speeds.values())
+            print(f"| {other} | {it.seconds:.3g} | {ratios['tiny_ldm', other]:.2f} | "
+                  f"{100 * share:.0f} % | {it.first:.0f} s | {it.error:.1e} |"
+                  + f" {it.memory / 1e9:.2f} GB |" * on_gpu, flush=True)
+        for bar in [] if on_gpu else BARS[part, dtype]:
+            if bar.theirs not in others:
+                continue
+            if bar.ours != "tiny_ldm":        # these two have not taken turns yet
+                found = in_turns([bar.ours, bar.theirs], part, dtype, args, folder)
+                ratios[bar.ours, bar.theirs] = found[bar.ours].seconds / found[bar.theirs].seconds
+            say_bar(f"{bar.ours} over {bar.theirs}", ratios[bar.ours, bar.theirs], bar.times)
+
+
+def say_bar(what, found, bar, at_least=False):
+    """One line: the figure, and whether it clears its bar."""
+    good = found >= bar if at_least else found <= bar
+    print(f"\n{what}: {found:.3f} times; bar: at {'least' if at_least else 'most'} {bar}"
+          f"{'' if good else '  MISSED'}", flush=True)
 
 
 PICTURE = {"tiny_ldm": """
@@ -288,33 +366,38 @@ IMPORT = "import torch, tiny_ldm\nprint(0)"
 
 
 def run_code(code, *arguments):
-    """(peak memory in GB, the last line printed) of a program."""
+    """(peak memory in GB, the last number printed) of a program."""
     code += "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
                           cwd=HERE, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    *_, last, peak = ["", *done.stdout.split()]
-    return int(peak) * 1024 / 1e9, last
+    *_, last, peak = ["0", *done.stdout.split()]
+    return int(peak) * 1024 / 1e9, float(last)
 
 
 def memory(args, folder):
     print(f"\nPeak memory of a picture of 512 x 512, guided, 2 steps: medians of {args.rounds}\n\n"
-          "| | float32 | bfloat16 |\n|---|---|---|")
-    names = [name for name in PICTURE if name == "tiny_ldm" or find_spec("diffusers")]
-    rounds = [[run_code(PICTURE[name], folder, dtype)[0] for name in names
-               for dtype in ("float32", "bfloat16")] for _ in range(args.rounds)]
-    peaks = [f"{statistics.median(column):.2f} GB" for column in zip(*rounds)]
-    for name, pair in zip(names, zip(peaks[::2], peaks[1::2])):
-        print(f"| {name} | {' | '.join(pair)} |", flush=True)
-    size, base = (folder / "t.safetensors").stat().st_size / 1e9, run_code(IMPORT)[0]
-    loads, reads = [], []
+          f"| | {' | '.join(args.dtypes)} |\n|---" + "|---" * len(args.dtypes) + "|")
+    for name, code in PICTURE.items():
+        if name == "diffusers" and not find_spec("diffusers"):
+            continue
+        row = []
+        for dtype in args.dtypes:
+            peaks = [run_code(code, folder, dtype)[0] for _ in range(args.rounds)]
+            row.append(f"{statistics.median(peaks):.2f} GB")
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
+    size = (folder / "t.safetensors").stat().st_size / 1e9
+    base, _ = run_code(IMPORT)
+    peaks, loads, reads = [], [], []
     for _ in range(args.rounds):
-        loads.append(run_code(LOAD, folder, "float32"))
-        reads.append(run_code(READ, folder))
-    middle = lambda column: statistics.median(float(seconds) for _, seconds in column)
-    print(f"\nLoading {size:.2f} GB in float32: {loads[0][0] - base:.2f} GB more than the import "
-          f"({base:.2f}), {middle(loads):.2f} s; reading the file: {middle(reads):.2f} s")
+        peak, seconds = run_code(LOAD, folder, "float32")
+        peaks.append(peak)
+        loads.append(seconds)
+        reads.append(run_code(READ, folder)[1])
+    print(f"\nLoading {size:.2f} GB in float32: {statistics.median(peaks) - base:.2f} GB more than "
+          f"the import ({base:.2f}), {statistics.median(loads):.2f} s; reading the file: "
+          f"{statistics.median(reads):.2f} s")
 
 
 def steps(args, folder):
@@ -331,14 +414,16 @@ def steps(args, folder):
     scale = ldm.config.guidance_scale
 
     @torch.no_grad()
-    def walk(scheduler, calls):
+    def theirs(scheduler, calls):
         scheduler.set_timesteps(calls)
-        x = start * (scheduler.init_noise_sigma if "Euler" in type(scheduler).__name__ else 1)
+        x = start
+        if "Euler" in type(scheduler).__name__:
+            x = start * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             inputs = scheduler.scale_model_input(torch.cat([x, x]), t)
-            without, with_prompt = ldm.unet(inputs, t.expand(16), context).chunk(2)
-            eps = tiny_ldm.eps_from_v(inputs[:8], without + scale * (with_prompt - without),
-                                      ldm.alphas_cumprod[t.round().long()].item())
+            v = tiny_ldm.guide(*ldm.unet(inputs, t.expand(16), context).chunk(2), scale)
+            alpha_bar = ldm.alphas_cumprod[t.round().long()].item()
+            eps = tiny_ldm.eps_from_v(inputs[:8], v, alpha_bar)
             x = scheduler.step(eps, t, x).prev_sample
         return x
 
@@ -346,22 +431,27 @@ def steps(args, folder):
         *_, last = ldm.denoise(prompts, steps=calls, sampler=sampler, latents=start)
         return last.x
 
-    exact, counts = ours("ddim", 1000), (5, 10, 20, 50)
-    error = lambda x: (x - exact).square().mean().sqrt().item()
+    exact = ours("ddim", 1000)
+
+    def error(x):
+        return (x - exact).square().mean().sqrt().item()
+
+    counts = (5, 10, 20, 50)
     print("\nDistance from the end of 1000 steps of DDIM: tiny_ldm / diffusers\n")
     print("| sampler | " + " | ".join(f"{n} calls" for n in counts) + " |\n|---" + "|---" * 4 + "|")
     for name in ("ddim", "plms", "euler", "dpmpp_2m", "dpmpp_2m_karras"):
         scheduler = tests.reference_scheduler(name)
-        less = name == "plms"              # its first step calls twice
-        row = [f"{error(ours(name, n - less)):.3f} / {error(walk(scheduler, n - less)):.3f}"
-               for n in counts]
+        row = []
+        for calls in counts:
+            n = calls - 1 if name == "plms" else calls      # its first step calls twice
+            row.append(f"{error(ours(name, n)):.3f} / {error(theirs(scheduler, n)):.3f}")
         print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 
 def shapes(args, folder):
     import torch
     import tiny_ldm
-    print("\nThe built-in model, 25 steps of Euler ancestral, guided: pictures a second\n")
+    print("\nThe built-in model, 25 steps of Euler ancestral, guided: pictures per second\n")
     print("| | one by one | 8 together | 32 together |\n|---|---|---|---|")
     for dtype in args.dtypes:
         ldm = tiny_ldm.LatentDiffusion.load(device=args.device, dtype=getattr(torch, dtype))
@@ -385,8 +475,15 @@ def shapes(args, folder):
                 subprocess.run(command, check=True, capture_output=True)
                 times[-1].append(time.perf_counter() - begin)
     whole, torch_alone = (statistics.median(column) for column in zip(*times[1:]))
-    print(f"\nFrom the command to the picture: {whole:.2f} s, {whole / torch_alone:.2f} times "
-          f"`import torch` ({torch_alone:.2f} s)")
+    print(f"\nFrom the command to the picture: {whole:.2f} s (`import torch`: {torch_alone:.2f} s)")
+    if args.device == "cpu":
+        say_bar("Cold start over `import torch`", whole / torch_alone, COLD_START_BAR)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+BATCH = 128                  # pictures per step
 
 
 def gflop_of_training():
@@ -395,54 +492,89 @@ def gflop_of_training():
     import tiny_ldm
     from torch.utils.flop_counter import FlopCounterMode
     ldm = tiny_ldm.LatentDiffusion.load(device="cpu").requires_grad_(True)
-    side = ldm.config.image_size // ldm.config.latent_stride
+    side = ldm.config.image_size // ldm.config.vae_stride
     with FlopCounterMode(display=False) as counter:
-        x0, t = torch.randn(2, 4, side, side), torch.tensor([100, 900])
-        context = ldm.text_encoder(ldm.tokenizer(["a red circle"] * 2))
-        tiny_ldm.diffusion_loss(ldm.unet, x0, context, ldm.alphas_cumprod, ldm.config.prediction,
-                                t, torch.randn_like(x0)).backward()
+        x0 = torch.randn(2, 4, side, side)
+        ids = ldm.tokenizer(["a red circle"] * 2)
+        tiny_ldm.text_to_image_loss(ldm, x0, ids).backward()
     return counter.get_total_flops() / 2 / 1e9
 
 
+def training_speed(checkout, dtype, processes, args, folder):
+    """Pictures per second of stage 2, by the command of a checkout, from its own built-in model.
+
+    Its progress bar is watched from the first step that it shows to the last but one. What lies
+    between the two is what a long training does over and over. (8f0b1d8 encodes a pool of pictures
+    before its first step, and the last step writes the model.)
+    """
+    total = args.train_steps
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                    str(processes)]
+    out = Path(tempfile.mkdtemp(dir=folder)) / "t.safetensors"
+    command = [sys.executable, *launcher, str(checkout / "tiny_ldm.py"), "--train", "shapes", "-o",
+               str(out), "--weights", str(checkout / "weights" / "shapes.safetensors"),
+               "--unet-steps", str(total), "--dtype", dtype, "--device", args.device]
+    cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // processes))}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
+    shown = {}                               # step: when
+    said = b""
+    while piece := os.read(process.stderr.fileno(), 2**16):
+        said += piece
+        now = time.perf_counter()
+        for step in re.findall(rb" (\d+)/%d \[" % total, piece):
+            shown.setdefault(int(step), now)
+    if process.wait() or len(shown) < 4:
+        sys.exit(said.decode(errors="replace"))
+    first = min(step for step in shown if step > 0)
+    last = max(step for step in shown if step < total)
+    return BATCH * (last - first) / (shown[last] - shown[first])
+
+
 def train(args, folder):
-    """Parses what the command itself shows."""
+    print(f"\nTraining the built-in model, {BATCH} pictures per step, {args.device}: pictures per "
+          f"second, medians of {args.rounds}\n")
+    if args.against is not None:
+        print(f"| | this commit | {args.against.name} | ratio |\n|---|---|---|---|")
+        ratios = {}
+        for dtype in args.dtypes:
+            speeds = []
+            for _ in range(args.rounds):
+                speeds.append([training_speed(checkout, dtype, 1, args, folder)
+                               for checkout in (HERE, args.against)])
+            ours, theirs = (statistics.median(column) for column in zip(*speeds))
+            ratios[dtype] = ours / theirs
+            print(f"| {dtype} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |", flush=True)
+        for dtype, ratio in ratios.items():
+            say_bar(f"Training in {dtype} over {args.against.name}", ratio, TRAINING_BAR,
+                    at_least=True)
+        return
     import torch
     gflop = gflop_of_training()
-    print(f"\nTraining the built-in model, 128 pictures a step, {gflop:.2f} GFLOP a picture: "
-          "pictures a second\n")
+    print(f"({gflop:.2f} GFLOP per picture)\n")
     print("| | 1 process | 2 processes | share of the ceiling |\n|---|---|---|---|")
     for dtype in args.dtypes:
-        row, ceiling = [], 0
+        ceiling = 0
         for name, work_done in CEILINGS.items():
-            p = Process(name, "unet", dtype, args.device, folder)
-            p.line()
-            ceiling = max(ceiling, work_done / min(p.seconds() for _ in range(3)))
-            p.process.kill()
+            process = Process(name, "unet", dtype, args.device, folder)
+            process.line()
+            fastest = min(process.seconds() for _ in range(3))
+            process.end()
+            ceiling = max(ceiling, work_done / fastest)
+        row = []
+        fastest = 0
         for processes in (1, 2):
             if args.device == "cuda" and processes > torch.cuda.device_count():
                 row.append("no GPU")
                 continue
-            speeds = []
-            for n in range(args.rounds):
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc-per-node", str(processes), str(HERE / "tiny_ldm.py"), "--train",
-                           "shapes", "-o", str(folder / f"{dtype}{processes}{n}.safetensors"),
-                           "--weights", str(HERE / "weights/shapes.safetensors"), "--unet-steps",
-                           "60", "--dtype", dtype, "--device", args.device]
-                threads = str(max(1, os.cpu_count() // processes))
-                done = subprocess.run(command, capture_output=True, text=True,
-                                      env={**os.environ, "OMP_NUM_THREADS": threads})
-                # The first steps fill the pool of encoded pictures; the bar's last 30 count
-                at = {int(step): float(images) for step, images in re.findall(
-                    r" (\d+)/60 .*?images_s=([\d.]+)", done.stderr)}
-                if 60 not in at:
-                    sys.exit(done.stderr)
-                half = max(step for step in at if step <= 30)
-                seconds = 60 * 128 / at[60] - half * 128 / at[half]
-                speeds.append((60 - half) * 128 / seconds)
+            speeds = [training_speed(HERE, dtype, processes, args, folder)
+                      for _ in range(args.rounds)]
+            fastest = max(fastest, statistics.median(speeds))
             row.append(f"{statistics.median(speeds):.0f}")
-        share = max(float(cell) for cell in row if cell != "no GPU") * gflop / ceiling
-        print(f"| {dtype} | " + " | ".join(row) + f" | {100 * share:.0f} % |", flush=True)
+        share = 100 * fastest * gflop / ceiling
+        print(f"| {dtype} | {' | '.join(row)} | {share:.0f} % |", flush=True)
 
 
 def main():
@@ -453,14 +585,21 @@ def main():
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--rounds", type=int, default=5)
     ap.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    ap.add_argument("--narrow", action="store_true")
+    ap.add_argument("--against", type=Path, metavar="FOLDER")
+    ap.add_argument("--train-steps", type=int, default=40, help="of each training (default: 40)")
     ap.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.work:
         return work(*args.work)
     chosen = args.tables or list(tables)
+    if unknown := set(chosen) - set(tables):
+        ap.error(f"no table {', '.join(unknown)}; there are: {', '.join(tables)}")
+    if args.against is not None:
+        args.against = args.against.resolve()
     with tempfile.TemporaryDirectory() as folder:
         if {"unet", "vae", "memory"} & {*chosen}:
-            make_models(Path(folder))
+            make_models(Path(folder), args.narrow)
         for name in chosen:
             parts = (name,) if tables[name] is compare else ()
             tables[name](*parts, args, Path(folder))

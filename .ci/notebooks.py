@@ -3,7 +3,8 @@
     python .ci/notebooks.py [FILE ...]             checks them: what they print is thrown away
     python .ci/notebooks.py --write [FILE ...]     stores what they print in them
 
-Then tiny_ldm.py itself, cell by cell (`# %%`), and a picture with what they have defined.
+Then tiny_ldm.py itself, cell by cell (`# %%`), of which those called "Look" must show something,
+and a picture with what they have defined.
 
 A notebook fails if a cell raises or writes to stderr (a warning of deprecation in our own code, a
 progress bar), if it takes more than 3 minutes, or, when checking, if the stored outputs are stale:
@@ -25,19 +26,30 @@ LIMIT = 180    # seconds for one notebook on 2 cores
 
 
 def kinds(cell: nbformat.NotebookNode) -> list[str]:
-    """What a cell puts out, as the reader sees it: text, picture, ..."""
+    """What a cell shows, as the reader sees it: text, picture, ..."""
     found = []
     for output in cell.outputs:
         data = output.get("data", {})
-        kind = ("picture" if any(mime.startswith("image/") for mime in data) else
-                "html" if "text/html" in data else "text")
+        kind = "text"
+        if any(mime.startswith("image/") for mime in data):
+            kind = "picture"
+        elif "text/html" in data:
+            kind = "html"
         if found[-1:] != [kind] or kind == "picture":     # text may come in several pieces
             found.append(kind)
     return found
 
 
-def check(path: Path, write: bool) -> list[str]:
-    """Runs one notebook; returns what is wrong with it."""
+def complaints(cell: nbformat.NotebookNode, with_bars: bool) -> list[str]:
+    """What a cell writes to stderr; progress bars are left out unless with_bars."""
+    texts = [output.text for output in cell.outputs if output.get("name") == "stderr"]
+    if not with_bars:
+        texts = [re.sub(r"\r[^\r\n]*", "", text) for text in texts]
+    return [text.strip()[:500] for text in texts if text.strip()]
+
+
+def check(path: Path, write: bool, with_bars: bool = True) -> list[str]:
+    """Runs one notebook; returns what is wrong with it. A progress bar is wrong if with_bars."""
     stored = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
     began = time.monotonic()
@@ -46,11 +58,12 @@ def check(path: Path, write: bool) -> list[str]:
                        resources={"metadata": {"path": str(path.parent)}}).execute()
     except CellExecutionError as e:
         return [str(e)]
-    seconds, wrong = time.monotonic() - began, []
+    seconds = time.monotonic() - began
+    wrong = []
     old, new = ([c for c in book.cells if c.cell_type == "code"] for book in (stored, fresh))
     for number, (was, now) in enumerate(zip(old, new), 1):
-        wrong += [f"cell {number} writes to stderr: {output.text.strip()[:500]}"
-                  for output in now.outputs if output.get("name") == "stderr"]
+        for text in complaints(now, with_bars):
+            wrong.append(f"cell {number} writes to stderr: {text}")
         if not write and (was.execution_count != number or kinds(was) != kinds(now)):
             wrong.append(f"cell {number}: the stored output is stale ({kinds(was)}, now "
                          f"{kinds(now)}); run with --write")
@@ -74,9 +87,15 @@ def check_the_file(path: Path) -> list[str]:
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".ipynb") as file:
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
         nbformat.write(book, file.name)
-        wrong = check(Path(file.name), write=True)
-        if not wrong and "picture" not in kinds(nbformat.read(file.name, 4).cells[-1]):
-            wrong.append("no picture comes of its cells")
+        wrong = check(Path(file.name), write=True, with_bars=False)
+        if wrong:
+            return wrong
+        book = nbformat.read(file.name, 4)
+    for number, cell in enumerate(book.cells, 1):
+        if cell.source.startswith("# %% Look") and not cell.outputs:
+            wrong.append(f"cell {number} shows nothing: {cell.source.splitlines()[0]}")
+    if "picture" not in kinds(book.cells[-1]):
+        wrong.append("no picture comes of its cells")
     return wrong
 
 

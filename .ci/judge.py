@@ -1,0 +1,499 @@
+"""The judge: does a picture show what its caption says? It looks at pixels and caption, and at
+nothing else. The command measures the built-in model with it:
+
+    python .ci/judge.py 300 --grid weights/samples.png       300 captions of each kind: the README's
+                                                             table and its pictures
+    python .ci/judge.py 25 --samplers weights/samplers.png   the samplers, by network calls
+    python .ci/judge.py 1 --ways weights/ways.png            a picture for each way to walk
+    python .ci/judge.py 75 --attention --check --sampler ddim --steps 20 --seed 3
+                                                             does attention fall on what words name?
+
+Steps, sampler and guidance scale are the model's own unless given.
+"""
+import argparse
+import contextlib
+import functools
+import math
+import random
+import sys
+import textwrap
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tiny_ldm
+from tiny_ldm import (COLOURS, COUNTS, RELATIONS, SHAPE_NAMES, SIZES, LatentDiffusion, Scene, Thing,
+                      caption_of, draw, random_scene)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the caption says
+
+def parse_thing(words: list[str]) -> Thing:
+    """["small", "red", "star"] or ["red", "star"]."""
+    size = None
+    if words[0] in SIZES:
+        size, *words = words
+    colour, shape = words
+    return Thing(colour, shape, size)
+
+
+def parse(caption: str) -> Scene:
+    """The grammar backwards: a caption to what it says."""
+    text, _, tail = caption.partition(" on a")
+    background = tail.removeprefix("n").removesuffix(" background").strip() or None
+    words = text.split()
+    if words[0] in COUNTS:
+        ending = "es" if words[-1] == "crosses" else "s"
+        words[-1] = words[-1].removesuffix(ending)
+        thing = parse_thing(words[1:])
+        return Scene((thing,) * COUNTS[words[0]], None, background)
+    for relation in RELATIONS:
+        first, found, second = text.partition(f" {relation} ")
+        if found:
+            things = parse_thing(first.split()[1:]), parse_thing(second.split()[1:])
+            return Scene(things, relation, background)
+    return Scene((parse_thing(words[1:]),), None, background)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the picture shows
+
+class Found(NamedTuple):
+    """A thing in a picture."""
+    colour: str
+    shape: str
+    overlap: float      # with the ideal shape of its size: 1 if they are the same
+    radius: float       # in pixels of a picture 128 wide
+    x: float
+    y: float
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    """Each pixel of [H, W] takes the largest value among itself and its eight neighbours."""
+    height, width = values.shape
+    padded = np.pad(values, 1)
+    shifted = []
+    for i in range(3):
+        for j in range(3):
+            shifted.append(padded[i : i + height, j : j + width])
+    return np.max(shifted, axis=0)
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    """The connected parts of a mask [H, W] (eight neighbours), as masks, the largest first."""
+    numbers = np.arange(1, mask.size + 1).reshape(mask.shape)
+    labels = numbers * mask
+    while True:           # every pixel takes the largest label around it, until nothing changes
+        best = widened(labels) * mask
+        if (best == labels).all():
+            break
+        labels = best
+    parts = [labels == label for label in np.unique(labels) if label]
+    return sorted(parts, key=np.sum, reverse=True)
+
+
+def nearest_colour(rgb: np.ndarray) -> str:
+    distances = {name: np.abs(rgb - colour).sum() for name, colour in COLOURS.items()}
+    return min(distances, key=distances.get)
+
+
+def ideal_coverage(shape: str, spot: tuple[float, float, float], side: int) -> np.ndarray:
+    """How much of each pixel a shape covers: [side, side], 0 to 0.94 (black is not 0)."""
+    image = draw(Scene((Thing("black", shape),)), [spot], side)
+    return 1 - np.asarray(image)[..., 0].astype(float) / 255
+
+
+@functools.cache
+def moments(shape: str) -> tuple[float, float]:
+    """(area, y of the centroid) of a unit shape."""
+    r = 40
+    rows = ideal_coverage(shape, (64, 64, r), 128).sum(axis=1)
+    centroid = (np.arange(128) + 0.5) @ rows / rows.sum()
+    return rows.sum() / r**2, (centroid - 64) / r
+
+
+def fit_shape(coverage: np.ndarray, shape: str) -> tuple[float, float]:
+    """How well the coverage [H, W] (0 to 1) of a thing fits a shape of its area and centroid:
+    (overlap, radius)."""
+    side = len(coverage)
+    scale = 128 / side
+    area, low = moments(shape)
+    total = coverage.sum()
+    centres = (np.arange(side) + 0.5) * scale
+    r = math.sqrt(total / area) * scale
+    x = centres @ coverage.sum(axis=0) / total
+    y = centres @ coverage.sum(axis=1) / total - low * r
+    ideal = ideal_coverage(shape, (x, y, r), side)
+    return np.minimum(ideal, coverage).sum() / np.maximum(ideal, coverage).sum(), r
+
+
+def look_at(part: np.ndarray, pixels: np.ndarray, ground: np.ndarray) -> Found | None:
+    """What a connected part of a picture shows. None: too little to be a thing."""
+    side = len(pixels)
+    if part.sum() < 0.001 * side * side:
+        return None
+    contrast = np.abs(pixels - ground).sum(axis=-1)
+    strong = part & (contrast >= np.percentile(contrast[part], 50))
+    colour = np.median(pixels[strong], axis=0)
+    towards = colour - ground
+    coverage = (pixels - ground) @ towards / (towards**2).sum()
+    coverage = coverage.clip(0, 1) * widened(part)
+    ys, xs = np.nonzero(coverage > 0.5)
+    if len(xs) < 9:
+        return None
+    fits = {shape: fit_shape(coverage, shape) for shape in SHAPE_NAMES}
+    shape = max(fits, key=fits.get)
+    x, y = (xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2
+    return Found(nearest_colour(colour), shape, *fits[shape], x, y)
+
+
+def look(image: Image.Image) -> tuple[str, list[Found]]:
+    """What is in a picture: (background colour, things)."""
+    pixels = np.asarray(image.convert("RGB")).astype(float)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    contrast = np.abs(pixels - ground).sum(axis=-1)
+    found = [look_at(part, pixels, ground) for part in components(contrast > 60)]
+    return nearest_colour(ground), [thing for thing in found if thing is not None]
+
+
+# --------------------------------------------------------------------------------------------------
+# Do they agree?
+
+def judge(image: Image.Image, caption: str) -> str:
+    """"" if the picture shows exactly what the caption says; otherwise what is wrong."""
+    scene = parse(caption)
+    background, found = look(image)
+    if background != (scene.background or "white"):
+        return f"the background is {background}"
+    if len(found) != len(scene.things):
+        return f"there are {len(found)} things"
+    if scene.relation:                          # it says which of the two is the first
+        ux, uy = RELATIONS[scene.relation]
+        a, b = sorted(found, key=lambda thing: ux * thing.x + uy * thing.y)
+        along = ux * (b.x - a.x) + uy * (b.y - a.y)
+        across = uy * (b.x - a.x) + ux * (b.y - a.y)
+        if along <= abs(across):
+            return f"nothing is clearly {scene.relation}"
+        found = [a, b]
+    wrong = [wrong_with(thing, f) for thing, f in zip(scene.things, found)]
+    return next(filter(None, wrong), "")
+
+
+def wrong_with(thing: Thing, found: Found) -> str:
+    """"" if what was found is the thing; otherwise what is wrong."""
+    if found.colour != thing.colour:
+        return f"a {thing.shape} is {found.colour}"
+    if found.shape != thing.shape or found.overlap < 0.75:
+        return f"a {thing.shape} looks like a {found.shape} ({found.overlap:.2f})"
+    is_small = found.radius < 18.5
+    if thing.size and is_small != (thing.size == "small"):
+        return f"a {thing.size} {thing.shape} has radius {found.radius:.1f}"
+    return ""
+
+
+def alter_one(scene: Scene, rng: random.Random) -> Scene:
+    """A scene in which one word may be another: a colour, a shape, a size, the background, the
+    relation or the count."""
+    first, *rest = scene.things
+    things, relation, background = scene.things, scene.relation, scene.background
+    what = rng.choice(("colour", "shape", "size", "background", "relation", "count"))
+    if what == "background":
+        background = rng.choice(list(COLOURS))
+    elif what == "relation" and relation and first[:2] != rest[0][:2]:
+        relation = rng.choice(list(RELATIONS))
+    elif what == "count" and rest and not relation:
+        things = (first,) * (5 - len(things))
+    elif what in ("colour", "shape") or what == "size" and first.size:
+        values = {"colour": list(COLOURS), "shape": SHAPE_NAMES, "size": list(SIZES)}[what]
+        first = first._replace(**{what: rng.choice(values)})
+        things = (first, *rest) if relation else (first,) * len(things)
+    return Scene(things, relation, background)
+
+
+def altered(scene: Scene, rng: random.Random) -> Scene:
+    """A scene that differs in one word. ("On a white background" says nothing new.)"""
+    plain = scene._replace(background=scene.background or "white")
+    while True:
+        other = alter_one(scene, rng)
+        if other._replace(background=other.background or "white") != plain:
+            return other
+
+
+# --------------------------------------------------------------------------------------------------
+# How well a model follows its prompts
+
+KINDS = {"one thing": ["one"], "two things and their relation": ["two"],
+         "two or three of a kind": ["alike"], "held-out": ["one", "two", "alike"]}
+
+
+class Judged(NamedTuple):
+    image: Image.Image
+    caption: str
+    wrong: str          # "": nothing
+
+
+def captions_of_kind(kind: str, count: int, seed: int) -> list[str]:
+    """Captions to try a model on; "held-out" are those with a (colour, shape) pair that no
+    training picture shows, of the other three kinds in turn."""
+    rng = random.Random(f"{kind}/{seed}")
+    captions = []
+    for i in range(count):
+        scene_kind = KINDS[kind][i % len(KINDS[kind])]
+        scene = random_scene(rng, kind == "held-out", scene_kind)
+        captions.append(caption_of(scene))
+    return captions
+
+
+def prompt_following(ldm: LatentDiffusion, kind: str, count: int, seed: int = 10**6,
+                     free_words: bool = False, **settings) -> list[Judged]:
+    """Pictures of count captions of a kind, judged. free_words: the model is given the caption in
+    other words."""
+    judged = []
+    captions = captions_of_kind(kind, count, seed)
+    for i in range(0, count, 25):
+        some = captions[i : i + 25]
+        prompts = some
+        if free_words:
+            prompts = [tiny_ldm.rephrase(caption, random.Random(caption)) for caption in some]
+        images = ldm.generate(prompts, seed=seed + i, progress=False, **settings)
+        for image, caption in zip(images, some):
+            judged.append(Judged(image, caption, judge(image, caption)))
+    return judged
+
+
+def right(judged: list[Judged]) -> float:
+    """The share of pictures with which nothing is wrong."""
+    return sum(not row.wrong for row in judged) / len(judged)
+
+
+def crispness(image: Image.Image, caption: str) -> tuple[float, float, float]:
+    """How a picture of things of one colour looks: (mean error of the colour inside the things, and
+    of that of the background, in levels of 255; width of the edges in pixels of a picture 128
+    wide: where the coverage is from 10 to 90 %, over the length of the outline)."""
+    scene = parse(caption)
+    pixels = np.asarray(image.convert("RGB")).astype(float)
+    ground = np.array(COLOURS[scene.background or "white"])
+    colour = np.array(COLOURS[scene.things[0].colour])
+    towards = colour - ground
+    coverage = (pixels - ground) @ towards / (towards**2).sum()
+    thing = coverage > 0.5
+    inside, near = ~widened(~thing), widened(widened(thing))
+    edge = (coverage > 0.1) & (coverage < 0.9) & near
+    # Steps along rows and columns make a line longer by 4/π, on average over its directions
+    steps = np.diff(thing, axis=0).sum() + np.diff(thing, axis=1).sum()
+    width = edge.sum() / (steps * math.pi / 4)
+    inner = np.abs(pixels - colour)[inside].mean() if inside.any() else 0.0
+    outer = np.abs(pixels - ground)[~near].mean() if not near.all() else 0.0
+    return inner, outer, width * 128 / len(pixels)
+
+
+# --------------------------------------------------------------------------------------------------
+# Does attention fall on what the words name?
+
+@contextlib.contextmanager
+def attention_maps(unet: tiny_ldm.UNet) -> Iterator[list[torch.Tensor]]:
+    """Collects, while it lasts, where each place looks: for every call of every cross-attention a
+    map [B, L, h, w], the mean over its heads. Over the tokens it sums to 1."""
+    maps = []
+
+    def keep(attention, inputs, output):
+        x, context = inputs                                       # [B, N, C], [B, L, D]
+        q = attention.split_heads(attention.to_q(x))              # [B, heads, N, d]
+        k = attention.split_heads(attention.to_k(context))        # [B, heads, L, d]
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        weights = scores.softmax(dim=-1).mean(dim=1)              # [B, N, L]
+        side = math.isqrt(x.shape[1])
+        maps.append(weights.transpose(1, 2).unflatten(2, (side, side)))
+
+    hooks = []
+    for module in unet.modules():
+        if isinstance(module, tiny_ldm.TransformerBlock):
+            hooks.append(module.cross_attention.register_forward_hook(keep))
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def places_of(words: set[str], prompt: str, tokenizer: tiny_ldm.Tokenizer) -> list[int]:
+    """Which of the L tokens are pieces of these words."""
+    encoding = tokenizer.backend.encode(prompt)
+    places = []
+    for place, word in enumerate(encoding.word_ids, start=1):     # 0 is BOS
+        start, end = encoding.word_to_chars(word)
+        if prompt[start:end] in words:
+            places.append(place)
+    return places
+
+
+def attention_on_things(ldm: LatentDiffusion, count: int, seed: int, **settings) -> list[float]:
+    """For pictures of one thing: of the attention to the thing's words, how much falls on it, over
+    its share of the area. Pictures that show something else do not count."""
+    captions = captions_of_kind("one thing", count, seed)
+    ratios = []
+    for i in range(0, count, 25):
+        some = captions[i : i + 25]
+        with attention_maps(ldm.unet) as maps:
+            pictures = ldm.generate(some, seed=seed + i, progress=False, **settings)
+        # With guidance the negative prompts come first, then the prompts
+        size = maps[0].shape[2:]
+        equal = [F.interpolate(m[-len(some) :], size, mode="bilinear") for m in maps]
+        heat = F.interpolate(sum(equal), pictures[0].size, mode="bicubic")    # [B, L, H, W]
+        for row, picture, caption in zip(heat, pictures, some):
+            if judge(picture, caption):
+                continue
+            thing = parse(caption).things[0]
+            places = places_of({thing.colour, thing.shape}, caption, ldm.tokenizer)
+            on_words = row[places].mean(dim=0).numpy()
+            distance = np.abs(np.asarray(picture).astype(float) - COLOURS[thing.colour]).sum(-1)
+            inside = distance < 90
+            ratios.append(on_words[inside].sum() / on_words.sum() / inside.mean())
+    return ratios
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+def labelled(image: Image.Image, caption: str, wrong: str = "") -> Image.Image:
+    """A picture at 128 x 128 with its caption below, and a mark where the judge disagrees."""
+    card = Image.new("RGB", (144, 206), "white")
+    card.paste(image.resize((128, 128), Image.Resampling.NEAREST), (8, 8))
+    pen, font = ImageDraw.Draw(card), ImageFont.load_default(11)
+    pen.rectangle((7, 7, 136, 136), outline="lightgrey")
+    pen.text((8, 140), "\n".join(textwrap.wrap(caption, 22)), "black", font)
+    if wrong:
+        pen.text((128, 190), "x", "red", font)
+    return card
+
+
+def table(ldm: LatentDiffusion, args: argparse.Namespace, settings: dict) -> None:
+    """Prompt-following, a row per kind of caption, and how crisp the pictures are."""
+    first, looks = [], []
+    print("| captions | right |\n|---|---|")
+    for kind in KINDS:
+        judged = prompt_following(ldm, kind, args.count, args.seed, args.free_words, **settings)
+        print(f"| {kind} | {100 * right(judged):.1f} % |", flush=True)
+        first += judged[:6]
+        for row in judged:
+            if row.wrong and args.failures:
+                print(f"    {row.caption}: {row.wrong}")
+            if not row.wrong and not parse(row.caption).relation:
+                looks.append(crispness(row.image, row.caption))
+    inside, outside, edge = np.mean(looks, axis=0)
+    print(f"\nPictures with one colour: its mean error {inside:.1f} of 255 inside the things, "
+          f"{outside:.1f} in the background; edges {edge:.1f} pixels wide at 128")
+    if args.grid:
+        tiny_ldm.grid([labelled(*row) for row in first], 6).save(args.grid)
+
+
+CALLS = (5, 10, 20, 50)
+
+
+def compare_samplers(ldm: LatentDiffusion, count: int, file: str) -> None:
+    """Prompt-following by network calls for each sampler: a table, and a plot of it."""
+    print("| sampler | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |")
+    print("|---" * (1 + len(CALLS)) + "|")
+    lines = {}
+    for sampler in tiny_ldm.SAMPLERS:
+        lines[sampler] = []
+        for calls in CALLS:
+            steps = calls - 1 if sampler == "plms" else calls     # it makes one call more
+            judged = []
+            for kind in KINDS:
+                judged += prompt_following(ldm, kind, count, steps=steps, sampler=sampler)
+            lines[sampler].append(right(judged))
+        row = " | ".join(f"{100 * share:.0f} %" for share in lines[sampler])
+        print(f"| {sampler} | {row} |", flush=True)
+    plot(lines).save(file)
+
+
+def plot(lines: dict[str, list[float]]) -> Image.Image:
+    """A line per sampler: the share of right pictures at each of CALLS."""
+    picture = Image.new("RGB", (640, 340), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for percent in (0, 25, 50, 75, 100):
+        y = 300 - 2.8 * percent
+        pen.line([60, y, 450, y], "lightgrey")
+        pen.text((10, y - 8), f"{percent} %", "black", font)
+    for i, calls in enumerate(CALLS):
+        pen.text((52 + 130 * i, 306), f"{calls}", "black", font)
+    pen.text((200, 322), "network calls; captions that the picture shows", "black", font)
+    colours = [rgb for name, rgb in COLOURS.items() if name != "white"] + [(140, 140, 140)]
+    for n, (sampler, shares) in enumerate(lines.items()):
+        points = [(60 + 130 * i, 300 - 280 * share) for i, share in enumerate(shares)]
+        top = 34 + 22 * n
+        pen.line(points, colours[n], 3)
+        pen.rectangle((480, top, 494, top + 6), colours[n])
+        pen.text((502, top - 5), sampler, "black", font)
+    return picture
+
+
+def draw_ways(ldm: LatentDiffusion, file: str) -> None:
+    """One picture for each way to walk, all from seed 3: the samplers, image to image,
+    inpainting."""
+    prompt = "a large yellow star on a blue background"
+    cards = []
+    for sampler in tiny_ldm.SAMPLERS:
+        steps = 200 if sampler == "langevin" else 20
+        made, = ldm.generate(prompt, sampler=sampler, steps=steps, seed=3, progress=False)
+        cards.append(labelled(made, f"{sampler}, {steps} steps"))
+    scene = Scene((Thing("red", "circle"),) * 2)
+    image = draw(scene, [(36, 64, 22), (92, 64, 22)], ldm.config.image_size)
+    cards.append(labelled(image, "(a picture to begin with)"))
+    prompt = "two large green squares"
+    for strength in (0.5, 0.9):
+        made, = ldm.generate(prompt, image=image, strength=strength, seed=3, progress=False)
+        cards.append(labelled(made, f"{prompt}, strength {strength}"))
+    mask = Image.new("L", image.size)
+    mask.paste(255, (0, 0, image.width // 2, image.height))
+    prompt = "a blue star left of a red circle"
+    made, = ldm.generate(prompt, image=image, mask=mask, strength=1, seed=3, progress=False)
+    cards.append(labelled(made, f"{prompt}, left half repainted"))
+    tiny_ldm.grid(cards, 6).save(file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints what the arguments ask for; 1 if --check finds it wrong."""
+    parser = argparse.ArgumentParser(description="Measures how well a model follows its prompts.")
+    add = parser.add_argument
+    add("count", type=int, help="captions of each kind")
+    add("--weights")
+    add("--steps", type=int)
+    add("--sampler")
+    add("--guidance-scale", type=float)
+    add("--dtype", default="float32")
+    add("--seed", type=int, default=10**6, help="of the captions and the pictures")
+    add("--free-words", action="store_true", help="give the model the captions in other words")
+    add("--failures", action="store_true", help="also print what was wrong")
+    add("--grid", metavar="FILE", help="also draw the first pictures of each kind")
+    add("--samplers", metavar="FILE", help="instead compare the samplers, as a plot")
+    add("--ways", metavar="FILE", help="instead draw one picture for each way to walk")
+    add("--attention", action="store_true", help="instead see if attention follows the words")
+    add("--check", action="store_true", help="with --attention: exit with 1 below 3")
+    args = parser.parse_args(argv)
+    ldm = LatentDiffusion.load(args.weights, dtype=getattr(torch, args.dtype))
+    settings = dict(steps=args.steps, sampler=args.sampler, guidance_scale=args.guidance_scale)
+    if args.samplers:
+        compare_samplers(ldm, args.count, args.samplers)
+    elif args.ways:
+        draw_ways(ldm, args.ways)
+    elif args.attention:
+        ratios = attention_on_things(ldm, args.count, args.seed, **settings)
+        print(f"Of the attention to a thing's words {np.mean(ratios):.2f} times as much falls on "
+              f"it as its share of the area ({len(ratios)} pictures)")
+        return int(args.check and not np.mean(ratios) >= 3)
+    else:
+        table(ldm, args, settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
