@@ -2006,14 +2006,21 @@ def check_header(header: dict[str, str]) -> None:
     """Raises some error for a config or a tokenizer that no model can have."""
     c = Config.from_dict(json.loads(header["config"]))
     vocab = json.loads(header["tokenizer"])["model"]["vocab"]
+    c.name.encode()                       # no half letters
+    pairs = [(c, SD1), (c.text, SD1.text),
+             (c.vae, SD1.vae), (c.unet, SD1.unet)]
+    for part, like in pairs:
+        for name, example in vars(like).items():
+            if isinstance(example, int) and type(getattr(part, name)) is not int:
+                raise TypeError(f"{name} is no whole number")
     depths = (c.text.num_layers, c.vae.num_res_blocks, c.unet.num_res_blocks)
     good = (max(*depths, *c.unet.transformer_depth) <= 100
             and c.text.width % c.text.num_heads == c.unet.channels % c.unet.num_heads == 0
-            and c.image_size > c.image_size % c.stride == 0
+            and 8192 >= c.image_size > c.image_size % c.stride == 0
             and 0 < c.steps <= c.schedule.num_timesteps <= 1000
             and 0 < c.schedule.beta_start <= c.schedule.beta_end < 1
             and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000
-            and type(c.vae.norm_groups) is type(c.unet.norm_groups) is int
+            and min(c.vae.norm_groups, c.unet.norm_groups) > 0
             and c.prediction in ("eps", "v") and c.sampler in SAMPLERS
             and {BOS, EOS} <= vocab.keys() and max(vocab.values()) < c.text.vocab_size)
     if not good:
