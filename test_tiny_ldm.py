@@ -11,13 +11,16 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -41,7 +44,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -53,7 +56,7 @@ from tiny_ldm import (COLOURS, SAMPLERS, SD1, SD1_INPAINT, SHAPE_NAMES, SHAPES, 
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / ".ci"))
-from judge import KINDS, altered, captions_of_kind, judge, parse, prompt_following, right
+from judge import altered, judge, parse
 
 whole = pytest.mark.skipif(not os.environ.get("TINY_LDM_ALL"), reason="TINY_LDM_ALL=1 runs it")
 
@@ -1535,8 +1538,7 @@ def test_pictures_and_captions_stay_what_they_were(size, seed, digest):
     data, found = tiny_ldm.ShapesData(size, seed), hashlib.sha256()
     for i in range(100):
         picture, caption = data.item(i)
-        found.update(picture.tobytes())
-        found.update(caption.encode())
+        found.update(picture.tobytes() + caption.encode())
     assert found.hexdigest() == digest
 
 
@@ -1553,37 +1555,27 @@ def test_scenes_are_as_the_grammar_says():
         if scene.relation:
             (x1, y1, _), (x2, y2, _) = spots
             along = {"left of": x2 - x1, "right of": x1 - x2, "above": y2 - y1, "below": y1 - y2}
-            assert along[scene.relation] > 0
-            assert along[scene.relation] == max(abs(x2 - x1), abs(y2 - y1))
-
-
-def test_eight_pairs_are_held_out():
+            assert along[scene.relation] == max(abs(x2 - x1), abs(y2 - y1)) > 0
+        assert is_held_out(random_scene(rng, held_out=True).things[0])
     pairs = [Thing(colour, shape) for colour in COLOURS for shape in SHAPE_NAMES]
-    held_out = {f"{pair.colour} {pair.shape}" for pair in pairs if is_held_out(pair)}
-    assert held_out == {"red star", "orange triangle", "yellow square", "green circle",
-                        "blue cross", "purple ring", "black diamond", "white heart"}
-    for i in range(50):
-        scene = random_scene(random.Random(i), held_out=True)
-        assert is_held_out(scene.things[0])
+    assert {f"{pair.colour} {pair.shape}" for pair in pairs if is_held_out(pair)} == {
+        "red star", "orange triangle", "yellow square", "green circle", "blue cross",
+        "purple ring", "black diamond", "white heart"}
 
 
-def test_captions_read_well():
-    ring, star = Thing("orange", "ring"), Thing("red", "star")
+def test_captions_read_well_also_in_free_words():
+    ring, star = Thing("orange", "ring", "large"), Thing("red", "star")
     crosses = (Thing("red", "cross", "small"),) * 3
-    assert caption_of(Scene((Thing("orange", "ring", "large"),), None, "blue")) == (
-        "a large orange ring on a blue background")
-    assert caption_of(Scene((ring, star), "left of")) == "an orange ring left of a red star"
+    assert caption_of(Scene((ring,), None, "blue")) == "a large orange ring on a blue background"
+    assert caption_of(Scene((star, ring), "left of")) == "a red star left of a large orange ring"
     assert caption_of(Scene(crosses, None, "orange")) == (
         "three small red crosses on an orange background")
-
-
-def test_rephrased_captions_keep_what_matters():
     caption = "a small red circle left of an orange star on a blue background"
     texts = {tiny_ldm.rephrase(caption, random.Random(i)) for i in range(50)}
     assert len(texts) > 20
     for text in texts:
         for words in ("red circle", "orange star", "blue background", "left of"):
-            assert words in text, text
+            assert words in text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1591,13 +1583,12 @@ def test_rephrased_captions_keep_what_matters():
 # is written whole or not at all.
 
 def test_pictures_of_every_kind_become_rgb(tmp_path):
-    deep = Image.fromarray(np.full((2, 3), 40000, np.uint16))
-    clear = Image.new("RGBA", (3, 2), (255, 0, 0, 0))
     turned = Image.new("RGB", (2, 3), (156, 156, 156))
     exif = turned.getexif()
     exif[0x0112] = 6                                    # "turn me by a quarter to see me upright"
     turned.save(tmp_path / "turned.png", exif=exif)
-    deep.save(tmp_path / "deep.png")
+    Image.fromarray(np.full((2, 3), 40000, np.uint16)).save(tmp_path / "deep.png")
+    clear = Image.new("RGBA", (3, 2), (255, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     clear.quantize(2).save(tmp_path / "palette.gif", transparency=0)
     Image.new("CMYK", (3, 2), (0, 0, 0, 99)).save(tmp_path / "print.jpg")
@@ -1608,52 +1599,45 @@ def test_pictures_of_every_kind_become_rgb(tmp_path):
         assert np.abs(pixels_of([picture]) - grey).max() <= 1, name
 
 
-def test_pictures_are_cropped_to_the_nearest_size_and_their_masks_with_them():
-    image, mask = gradient(50, 41), Image.new("L", (25, 20))
+@pytest.mark.parametrize("width, height, wanted", [
+    (None, None, (48, 48)), (32, None, (48, 32)), (16, 64, (64, 16))])
+def test_pictures_are_cropped_to_the_nearest_size_and_their_masks_with_them(width, height, wanted):
+    mask = Image.new("L", (25, 20))
     mask.paste(255, (0, 0, 12, 20))                     # the left half, in another resolution
-    for sizes, wanted in (((None, None), (48, 48)), ((32, None), (48, 32)), ((16, 64), (64, 16))):
-        fitted, bits = tiny_ldm.fit_pictures(image, mask, 16, *sizes)
-        assert fitted.shape == (1, 3, *wanted) and -1 <= fitted.min() and fitted.max() <= 1
-        assert bits.shape == (1, 1, *wanted) and bits.dtype == torch.bool
-        left = fitted[:, :1] < (2 * 24 / 50 - 1)        # the gradient's red says where x was
-        assert (bits != left).float().mean() < 0.1
-    assert tiny_ldm.fit_pictures(Image.new("L", (1, 9)), None, 16, None, None)[0].shape[2:] == (16,
-                                                                                               16)
-    given = torch.rand(2, 3, 32, 48), torch.ones(1, 1, 32, 48, dtype=torch.bool)
-    assert all(map(torch.equal, tiny_ldm.fit_pictures(*given, 16, None, None), given))
+    image, bits = tiny_ldm.fit_pictures(gradient(50, 41), mask, 16, width, height)
+    assert image.shape == (1, 3, *wanted) and -1 <= image.min() and image.max() <= 1
+    assert bits.shape == (1, 1, *wanted) and bits.dtype == torch.bool
+    left = image[:, :1] < (2 * 24 / 50 - 1)             # the gradient's red says where x was
+    assert (bits != left).float().mean() < 0.1
+    assert all(map(torch.equal, tiny_ldm.fit_pictures(image, bits, 16, None, None), (image, bits)))
 
 
-def test_python_and_command_check_the_same(tiny, tmp_path):
-    """The command's messages are below; a call from Python raises them."""
-    for settings, message in (
-            (dict(steps=0), "steps must be from 1 to 1000, not 0"),
-            (dict(sampler="magic"), "unknown sampler 'magic'"),
-            (dict(width=40), "width 40 is not a multiple of 16 up to 8192; the nearest: 32 or 48"),
-            (dict(mask=Image.new("L", (8, 8))), "a mask needs an image")):
-        with pytest.raises(InputError, match=message):
-            tiny.generate("a", progress=False, **settings)
-        with pytest.raises(InputError, match=message):
-            next(iter(tiny.denoise("a", **settings)))
-    with pytest.raises(InputError, match="no file"):
-        LatentDiffusion.load(tmp_path / "none.safetensors")
-    with pytest.raises(InputError, match="can't be written"):
-        tiny.save(tmp_path / "nowhere" / "m.safetensors")
-    nine = tiny_model(unet=replace(TINY.unet, in_channels=9))
-    with pytest.raises(InputError, match="this model repaints"):
-        nine.generate("a", progress=False)
+@pytest.mark.parametrize("settings, message", [
+    (dict(steps=0), "steps must be from 1 to 1000, not 0"),
+    (dict(sampler="magic"), "unknown sampler 'magic'"),
+    (dict(width=40), "width 40 is not a multiple of 16 up to 8192; the nearest: 32 or 48"),
+    (dict(mask=Image.new("L", (8, 8))), "a mask needs an image")])
+def test_python_checks_what_the_command_checks(settings, message, tiny):
+    with pytest.raises(InputError, match=message):
+        tiny.generate("a", progress=False, **settings)
+    with pytest.raises(InputError, match=message):
+        next(iter(tiny.denoise("a", **settings)))
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tiny, tmp_path):
     file = tmp_path / "x.txt"
-    tiny_ldm.write_whole(file, lambda name: Path(name).write_text("old"))
 
     def breaks(name):
         Path(name).write_text("half")
+        # Another process writes the same file meanwhile
+        tiny_ldm.write_whole(file, lambda name: Path(name).write_text("whole"))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         tiny_ldm.write_whole(file, breaks)
-    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]
+    with pytest.raises(InputError, match="can't be written"):
+        tiny.save(tmp_path / "nowhere" / "m.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1662,29 +1646,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("causal", [False, True])
 def test_written_out_attention_agrees_with_the_lessons(causal):
     layer = tiny_ldm.Attention(16, num_heads=2, causal=causal)
-    q, k, v = randn(3, 2, 2, 24, 8, dtype=torch.bfloat16)
-    shown = randn(2, 2, 24, 8, seed=1)
     results = []
     for attend, dtype in ((tiny_ldm.lesson_attend, torch.float64),
                           (tiny_ldm.attend, torch.bfloat16)):
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        inputs = randn(3, 2, 2, 24, 8).bfloat16().to(dtype).requires_grad_()
         y = attend(layer, *inputs)
         assert y.dtype == dtype
-        (y.double() * shown).sum().backward()
-        results.append([y.detach().double(), *(x.grad.double() for x in inputs)])
+        (y.double() * randn(2, 2, 24, 8, seed=1)).sum().backward()
+        results.append([y.detach().double(), *inputs.grad.double()])
     for exact, found in zip(*results):
         assert (found - exact).norm() < 0.01 * exact.norm()       # bfloat16 has 8 bits
 
 
 def test_elsewhere_attention_is_the_lessons():
     layer = tiny_ldm.Attention(16, num_heads=2)
-    many = randn(3, 1, 2, 513, 8, dtype=torch.bfloat16)
+    many = randn(3, 1, 2, 513, 8).bfloat16()
     for q, k, v in (many, many[:, :, :, :9].float()):
-        assert torch.equal(tiny_ldm.attend(layer, q, k, v), layer_formula(layer, q, k, v))
-
-
-def layer_formula(layer, q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=layer.causal)
+        assert torch.equal(tiny_ldm.attend(layer, q, k, v), tiny_ldm.lesson_attend(layer, q, k, v))
 
 
 @whole
@@ -1735,9 +1713,8 @@ def small_training(source: str | Path, out: Path, **settings) -> LatentDiffusion
 
 def same_model(a: LatentDiffusion, b: LatentDiffusion) -> bool:
     """To the bit."""
-    theirs = b.state_dict()
-    return a.config == b.config and all(
-        torch.equal(p, theirs[name]) for name, p in a.state_dict().items())
+    equal = map(torch.equal, a.state_dict().values(), b.state_dict().values())
+    return a.config == b.config and all(equal)
 
 
 @pytest.fixture
@@ -1750,13 +1727,13 @@ def one_thread():
 
 
 @contextlib.contextmanager
-def interrupted_in(stage: str, step: int):
-    """Ctrl-C when the loss of this step is asked for."""
+def interrupted_in(stage: str, call: int):
+    """Ctrl-C when the loss of this stage is asked for so many times."""
     real, calls = tiny_ldm.Objective.forward, []
 
     def forward(self, name, *rest):
         calls.append(name)
-        if calls.count(stage) == step + 1:
+        if calls.count(stage) == call:
             raise KeyboardInterrupt
         return real(self, name, *rest)
 
@@ -1768,13 +1745,12 @@ def interrupted_in(stage: str, step: int):
 def test_interrupted_training_equals_an_uninterrupted_one(pictures, tmp_path, one_thread):
     through = small_training(pictures, tmp_path / "through.safetensors")
     out = tmp_path / "parts.safetensors"
-    for stage, step in (("vae", 1), ("vae", 1), ("unet", 0), ("unet", 2)):
-        with interrupted_in(stage, step):
+    for stage, call in (("vae", 2), ("vae", 2), ("unet", 1), ("unet", 3)):
+        with interrupted_in(stage, call):
             small_training(pictures, out, save_minutes=0)
     assert same_model(through, small_training(pictures, out))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"{name}.safetensors{more}" for name in ("parts", "through") for more in ("", ".checkpoint")]
-    # Once more: the model is there and stays
+    assert len(list(tmp_path.iterdir())) == 4           # two models, two checkpoints
+    # Once more, when it is finished: the model stays
     assert same_model(through, small_training(pictures, out, unet_steps=0))
 
 
@@ -1785,10 +1761,10 @@ def test_what_can_not_be_continued_is_refused(pictures, tmp_path):
     for settings in (dict(seed=1), dict(weights=out)):
         with pytest.raises(InputError, match="is of another run .*choose another -o"):
             small_training(pictures, out, **settings)
-    good = checkpoint.read_bytes()
-    middle = len(good) // 2
-    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
-    for damaged in (good[:middle], good[:-1], flipped, b""):
+    good = bytearray(checkpoint.read_bytes())
+    flipped = good.copy()
+    flipped[len(good) // 2] ^= 1
+    for damaged in (good[: len(good) // 2], good[:-1], flipped, b""):
         checkpoint.write_bytes(damaged)
         with pytest.raises(InputError, match="checkpoint is damaged .*remove it to start anew"):
             small_training(pictures, out)
@@ -1803,14 +1779,11 @@ def test_what_can_not_be_continued_is_refused(pictures, tmp_path):
 
 def test_training_goes_on_from_weights_whose_vae_stays(pictures, tmp_path):
     first = small_training(pictures, tmp_path / "a.safetensors")
-    assert first.config.scale_factor != 1.0
     second = small_training(pictures, tmp_path / "b.safetensors", dtype=torch.bfloat16,
                             weights=tmp_path / "a.safetensors")
-    assert first.config == second.config
-    theirs = second.state_dict()
-    for name, p in first.state_dict().items():
-        assert torch.equal(p, theirs[name]) or not name.startswith("vae.")
-    assert not same_model(first, second)
+    assert first.config == second.config and not same_model(first, second)
+    for name, p in first.vae.state_dict().items():
+        assert torch.equal(p, second.vae.state_dict()[name])
 
 
 def test_a_training_without_stage_2_stores_the_latents_scale(tmp_path, monkeypatch):
@@ -1818,10 +1791,8 @@ def test_a_training_without_stage_2_stores_the_latents_scale(tmp_path, monkeypat
     ldm = small_training("shapes", tmp_path / "m.safetensors", unet_steps=0)
     pictures = [tiny_ldm.ShapesData(32, 0).item(i)[0] for i in range(256)]
     latents = ldm.encode_image(tiny_ldm.to_tensor(pictures))
-    assert ldm.config.scale_factor != 1.0
+    assert ldm.config.scale_factor != TINY.scale_factor
     assert latents.std().item() == pytest.approx(1, rel=0.01)      # the file has half precision
-    with safe_open(tmp_path / "m.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
 
 
 def test_a_loss_that_is_not_finite_ends_training(pictures, tmp_path):
@@ -1842,11 +1813,9 @@ def test_a_folder_is_read_in_both_forms(tmp_path):
     assert data.captions() == [f"caption {i}" for i in range(4)]
     assert data.item(5) == data.item(5) and data.item(5)[0].size == (32, 32)
     assert {data.item(i)[1] for i in range(50)} == set(data.captions())
-    for i in range(4):
-        (tmp_path / f"{i}.txt").unlink()
-    entry = dict(file_name="alone.png", text="ein gr\u00fcner Kreis")
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(entry) + "\n", "utf-8")
-    assert tiny_ldm.FolderData(tmp_path, 32, 0).captions() == ["ein gr\u00fcner Kreis"]
+    entry = json.dumps(dict(file_name="alone.png", text="ein gr\u00fcner Kreis"))
+    (tmp_path / "metadata.jsonl").write_text(f"{entry}\n", "utf-8")
+    assert "ein gr\u00fcner Kreis" in tiny_ldm.FolderData(tmp_path, 32, 0).captions()
 
 
 SHARED_TRAINING = """
@@ -1882,8 +1851,8 @@ def test_two_processes_learn_together_what_one_learns(tmp_path):
     losses, _ = torch.load(tmp_path / "one.0")
     (ours, a), (theirs, b) = torch.load(tmp_path / "two.0"), torch.load(tmp_path / "two.1")
     assert all(torch.equal(p, b[name]) for name, p in a.items())
+    # The same pictures and other noise, on which the VAE's loss depends little
     one, two = np.array(losses), (np.array(ours) + theirs) / 2
-    # The same pictures, and other noise, of which the VAE's loss hardly depends
     assert one[59] < one[0] / 2
     np.testing.assert_allclose(two[:15], one[:15], rtol=0.03)
     np.testing.assert_allclose(two[:60].mean(), one[:60].mean(), rtol=0.05)
@@ -1910,29 +1879,28 @@ def test_command_makes_a_picture_and_says_only_its_name(tmp_path, built_in):
     assert (done.returncode, done.stdout) == (0, f"{name}\nf.gif\n"), done.stderr
     assert "tiny_ldm:" not in done.stderr and "denoising: 100%" in done.stderr
     image = Image.open(tmp_path / name)
-    wanted = built_in.generate(prompt, steps=3, progress=False)[0]
+    wanted, = built_in.generate(prompt, steps=3, progress=False)
     assert image.tobytes() == wanted.tobytes()
-    assert image.text["parameters"] == (
-        f"{prompt}\nSteps: 3, Sampler: euler_a, CFG scale: 2.0, Seed: 0, Size: 64x64, "
-        "Model: shapes")
+    assert image.text["parameters"] == (f"{prompt}\nSteps: 3, Sampler: euler_a, CFG scale: 2.0, "
+                                        "Seed: 0, Size: 64x64, Model: shapes")
     assert Image.open(tmp_path / "f.gif").n_frames == 3      # of ten, the ones that differ
     assert sorted(p.name for p in tmp_path.iterdir()) == [name, "f.gif"]
 
 
 def test_each_of_several_pictures_is_that_of_its_own_command(inside, capsys):
-    some = ["two  blue\nstars", "--negative-prompt", "a  ring", "--steps", 4, "--sampler", "ddpm"]
-    assert made(*some, "-n", 3, "--seed", 5, "--width", 128, "-o", "x.png", "--film", "f.png") == 0
+    some = ["two  blue\nstars", "--negative-prompt", "a  ring", "--steps", 4, "--sampler", "ddpm",
+            "--width", 128]
+    assert made(*some, "-n", 3, "--seed", 5, "-o", "x.png", "--film", "f.png") == 0
     assert capsys.readouterr().out == "x-5.png\nx-6.png\nx-7.png\nf.png\n"
-    assert made(*some, "--seed", 6, "--width", 128, "-o", "y.png") == 0
+    assert made(*some, "--seed", 6, "-o", "y.png") == 0
     assert Path("y.png").read_bytes() == Path("x-6.png").read_bytes()
-    image = Image.open("x-6.png")
-    assert image.text["parameters"].splitlines()[:2] == ["two blue stars",
-                                                         "Negative prompt: a ring"]
+    image, film = Image.open("x-6.png"), Image.open("f.png")
+    lines = image.text["parameters"].splitlines()
+    assert lines[:2] == ["two blue stars", "Negative prompt: a ring"]
     # Three rows of ten frames, the last of which is the picture but for the noise still to come
-    film = Image.open("f.png")
     assert image.size == (128, 64) and film.size == (1280, 192)
-    frames = pixels_of([film.crop((1152, 64, 1280, 128)), image])
-    assert np.abs(frames[0] - frames[1]).mean() < 10
+    frame, picture = pixels_of([film.crop((1152, 64, 1280, 128)), image])
+    assert np.abs(frame - picture).mean() < 10
 
 
 def test_command_begins_with_a_picture_as_python_does(inside, built_in):
@@ -1970,13 +1938,17 @@ def test_too_little_memory_is_one_line_and_other_errors_are_raised(error, capsys
 
 @pytest.mark.skipif(sys.platform != "linux", reason="closes and fills stdout as shells there do")
 @pytest.mark.parametrize("end, code, said", [
-    (">&- 2>&-", 0, ""), ("> /dev/full", 2, "No space left"), ("| true", 2, "Broken pipe")])
-def test_a_closed_or_full_stdout_is_no_traceback(end, code, said, tmp_path):
-    call = f"set -o pipefail; '{sys.executable}' '{HERE}/tiny_ldm.py' a --steps 1 -o x.png {end}"
-    done = subprocess.run(["bash", "-c", call], cwd=tmp_path, capture_output=True, text=True)
+    ("> /dev/full", 2, "No space left"),
+    pytest.param(">&- 2>&-", 0, "", marks=whole),
+    pytest.param("| true", 2, "Broken pipe", marks=whole),
+    pytest.param("> x", 0, "", marks=whole)])           # letters that the terminal can't show
+def test_no_stdout_brings_the_command_down(end, code, said, tmp_path):
+    call = f"set -o pipefail; '{sys.executable}' '{HERE}/tiny_ldm.py' a --steps 1 -o \u65e5.png"
+    done = subprocess.run(["bash", "-c", f"{call} {end}"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == code and said in done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    assert Image.open(tmp_path / "x.png").size == (64, 64)        # made all the same
+    assert Image.open(tmp_path / "\u65e5.png").size == (64, 64)       # made all the same
 
 
 @pytest.mark.parametrize("wait", [0, *[pytest.param(i / 10, marks=whole) for i in range(1, 10)]])
@@ -1991,23 +1963,6 @@ def test_ctrl_c_while_it_makes_pictures(wait, tmp_path):
     assert re.findall("^tiny_ldm: .*", said, re.M) == ["tiny_ldm: interrupted"]
     for file in tmp_path.iterdir():                    # those that are there are whole
         assert Image.open(file).convert("RGB").size == (64, 64)
-
-
-def test_names_that_the_terminal_can_not_show(tmp_path):
-    done = run("a", "--steps", 1, "-o", "\u65e5.png", cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert "Traceback" not in done.stderr and done.returncode == 0
-    assert (tmp_path / "\u65e5.png").exists()
-
-
-@whole
-def test_two_commands_at_once_write_whole_files_into_one_folder(tmp_path):
-    call = [sys.executable, HERE / "tiny_ldm.py", "a red circle", "-n", "4", "--steps", "2", "-o",
-            "x.png", "--film", "f.png"]
-    calls = [subprocess.Popen(call, cwd=tmp_path, stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [call.wait() for call in calls] == [0, 0]
-    names = ["f.png", *(f"x-{i}.png" for i in range(4))]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    assert {Image.open(tmp_path / name).convert("RGB").height for name in names} == {64, 256}
 
 
 # Bad input is one line that says what to do, exit code 2 and no file.
@@ -2031,8 +1986,8 @@ def bad_files(tmp_path_factory):
     save_file({**tensors, "extra": torch.zeros(1)}, d / "extra.safetensors", header)
     save_file({**tensors, bias: torch.zeros(5)}, d / "shape.safetensors", header)
     save_file({**tensors, "unet.conv_in.weight": torch.zeros(1)}, d / "old.safetensors", header)
-    save_file(tensors, d / "config.safetensors", {**header, "config": "{"})
-    save_file(tensors, d / "words.safetensors", {**header, "tokenizer": "{}"})
+    nine = tiny_model(unet=replace(TINY.unet, in_channels=9))
+    nine.save(d / "nine.safetensors")
     Image.new("RGB", (64, 64)).save(d / "p.png")
     for name, file, text in (("empty", "x", ""), ("broken", "p.txt", "a red circle"),
                              ("list", "metadata.jsonl", '{"file_name": "p.png"}\n')):
@@ -2042,77 +1997,67 @@ def bad_files(tmp_path_factory):
     return d
 
 
-TRAIN = ["--train", "shapes", "-o"]
+# The words as in a shell, and what the message says
 BAD = [
-    ([""], "the prompt is empty"),
-    (["  "], "the prompt is empty"),
-    ([], "the prompt is empty"),
-    (["a", "--sampler", "magic"], "unknown sampler 'magic'; there are: ddpm, ddim, plms, euler"),
-    (["a", "--steps", "0"], "steps must be from 1 to 1000, not 0"),
-    (["a", "--steps", "many"], "argument --steps: invalid int value: 'many'; see --help"),
-    (["a", "--width", "100"], "width 100 is not a multiple of 16 up to 8192; the nearest: 96 or"),
-    (["a", "--height", "-3"], "height -3 is not a multiple of 16"),
-    (["a", "--image", "p.png", "--width", "0"], "width 0 is not a multiple of 16"),
-    (["a", "-n", "0"], "count must be from 1 to 65536, not 0"),
-    (["a", "--seed", "-1"], "seed must be from 0 to"),
-    (["a", "--eta", "2"], "eta must be from 0 to 1, not 2.0"),
-    (["a", "--guidance-scale", "nan"], "guidance_scale must be from -1000 to 1000, not nan"),
-    (["a", "--strength", "1.5"], "strength must be from 0 to 1, not 1.5"),
-    (["a", "--image", "none.png"], "no file none.png"),
-    (["a", "--image", ""], "no file ."),
-    (["a", "--image", "cut.safetensors"], "cut.safetensors can't be read as a picture"),
-    (["a", "--image", "p.png", "--mask", "none.png"], "no file none.png"),
-    (["a", "--mask", "p.png"], "a mask needs an image that it belongs to"),
-    (["a", "--nonsense"], "unrecognized arguments: --nonsense"),
-    (["a", "--again", "p.png"], "unrecognized arguments: --again"),
-    (["a", "-o", "nowhere/x.png"], "the folder nowhere does not exist"),
-    (["a", "-o", "x.bmp"], "x.bmp must be a file that ends in .png"),
-    (["a", "--film", "x.mp4"], "x.mp4 must be a file that ends in .png or .gif"),
-    (["a", "--weights", ""], "no file ."),
-    (["a", "--weights", "none.safetensors"], "no file none.safetensors"),
-    (["a", "--weights", "empty"], "no file empty"),
-    (["a", "--weights", "cut.safetensors"], "cut.safetensors is damaged or no .safetensors file"),
-    (["a", "--weights", "page.safetensors"], "page.safetensors is an HTML page, not the file"),
-    (["a", "--weights", "pointer.safetensors"], "is a git-LFS pointer, not the file; fetch it"),
-    (["a", "--weights", "other.safetensors"], "other.safetensors is no tiny_ldm weights file"),
-    (["a", "--weights", "old.safetensors"], "or one of an earlier version; make it"),
-    (["a", "--weights", "official.safetensors"], "an official checkpoint; convert it first: "
+    ("", "the prompt is empty"),
+    ("''", "the prompt is empty"),
+    ("a --sampler magic", "unknown sampler 'magic'; there are: ddpm, ddim, plms, euler"),
+    ("a --steps 0", "steps must be from 1 to 1000, not 0"),
+    ("a --steps many", "argument --steps: invalid int value: 'many'; see --help"),
+    ("a --width 100", "width 100 is not a multiple of 16 up to 8192; the nearest: 96 or 112"),
+    ("a -n 0", "count must be from 1 to 65536, not 0"),
+    ("a --seed -1", "seed must be from 0 to"),
+    ("a --eta 2", "eta must be from 0 to 1, not 2.0"),
+    ("a --guidance-scale nan", "guidance_scale must be from -1000 to 1000, not nan"),
+    ("a --strength 1.5", "strength must be from 0 to 1, not 1.5"),
+    ("a --image none.png", "no file none.png"),
+    ("a --image cut.safetensors", "cut.safetensors can't be read as a picture"),
+    ("a --mask p.png", "a mask needs an image that it belongs to"),
+    ("a --nonsense", "unrecognized arguments: --nonsense"),
+    ("a -o nowhere/x.png", "the folder nowhere does not exist"),
+    ("a -o x.bmp", "x.bmp must be a file that ends in .png"),
+    ("a --film x.mp4", "x.mp4 must be a file that ends in .png or .gif"),
+    ("a --weights ''", "no file ."),
+    ("a --weights cut.safetensors", "cut.safetensors is damaged or no .safetensors file"),
+    ("a --weights page.safetensors", "page.safetensors is an HTML page, not the file"),
+    ("a --weights pointer.safetensors", "is a git-LFS pointer, not the file; fetch it"),
+    ("a --weights other.safetensors", "other.safetensors is no tiny_ldm weights file"),
+    ("a --weights old.safetensors", "or one of an earlier version; make it"),
+    ("a --weights official.safetensors", "an official checkpoint; convert it first: "
      "python weights_convert.py official.safetensors"),
-    (["a", "--weights", "missing.safetensors"], 'Missing key(s) in state_dict: "unet.conv_out.bia'),
-    (["a", "--weights", "extra.safetensors"], 'Unexpected key(s) in state_dict: "extra"'),
-    (["a", "--weights", "shape.safetensors"], "size mismatch for unet.conv_out.bias"),
-    (["a", "--weights", "config.safetensors"], "config.safetensors is damaged"),
-    (["a", "--weights", "words.safetensors"], "words.safetensors is damaged"),
-    (["--train", "shapes"], "--train needs -o FILE"),
-    ([*TRAIN, "x.png"], "x.png must be a file that ends in .safetensors"),
-    ([*TRAIN, "nowhere/x.safetensors"], "the folder nowhere does not exist"),
-    ([*TRAIN, "tiny.safetensors"], "tiny.safetensors exists, and no checkpoint to continue from"),
-    ([*TRAIN, "x.safetensors", "--unet-batch", "0"], "unet_batch must be from 1 to"),
-    ([*TRAIN, "x.safetensors", "--weights", "cut.safetensors"], "is damaged or no .safetensors"),
-    (["--train", "nowhere", "-o", "x.safetensors"], "no folder nowhere to train on"),
-    (["--train", "empty", "-o", "x.safetensors"], "no captioned pictures in empty"),
-    (["--train", "broken", "-o", "x.safetensors"], "broken/p.png can't be read as a picture"),
-    (["--train", "list", "-o", "x.safetensors"], "a line needs a file_name and a text"),
+    ("a --weights missing.safetensors", 'Missing key(s) in state_dict: "unet.conv_out.bia'),
+    ("a --weights extra.safetensors", 'Unexpected key(s) in state_dict: "extra"'),
+    ("a --weights shape.safetensors", "size mismatch for unet.conv_out.bias"),
+    ("a --weights nine.safetensors", "this model repaints: give it an image and a mask"),
+    ("--train shapes", "--train needs -o FILE"),
+    ("--train shapes -o x.png", "x.png must be a file that ends in .safetensors"),
+    ("--train shapes -o nowhere/x.safetensors", "the folder nowhere does not exist"),
+    ("--train shapes -o tiny.safetensors", "exists, and no checkpoint to continue from"),
+    ("--train shapes -o x.safetensors --unet-batch 0", "unet_batch must be from 1 to"),
+    ("--train nowhere -o x.safetensors", "no folder nowhere to train on"),
+    ("--train empty -o x.safetensors", "no captioned pictures in empty"),
+    ("--train broken -o x.safetensors", "broken/p.png can't be read as a picture"),
+    ("--train list -o x.safetensors", "a line needs a file_name and a text"),
 ]
 if not torch.cuda.is_available():
-    BAD.append((["a", "--device", "cuda"], "there is no device 'cuda' here"))
+    BAD.append(("a --device cuda", "there is no device 'cuda' here"))
 
 
-@pytest.mark.parametrize("args, message", BAD, ids=[" ".join(args) for args, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2(args, message, bad_files, monkeypatch, capsys):
+@pytest.mark.parametrize("words, message", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(words, message, bad_files, monkeypatch, capsys):
     monkeypatch.chdir(bad_files)
     before = sorted(bad_files.rglob("*"))
-    assert tiny_ldm.main(args) == 2
+    assert tiny_ldm.main(shlex.split(words)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("tiny_ldm: ") and err.count("\n") == 1
-    assert message in err, err
+    assert message in err
     assert sorted(bad_files.rglob("*")) == before
 
 
-def test_a_batch_that_processes_can_not_share_is_refused(tmp_path):
-    done = run(*TRAIN, tmp_path / "m.safetensors", "--unet-batch", 15, WORLD_SIZE="2")
-    assert (done.returncode, done.stdout) == (2, "") and not list(tmp_path.iterdir())
-    assert done.stderr == "tiny_ldm: choose batches that 2 processes can share evenly\n"
+def test_a_batch_that_processes_can_not_share_is_refused(inside, monkeypatch):
+    monkeypatch.setattr(tiny_ldm, "WORLD", 2)
+    with pytest.raises(InputError, match="choose batches that 2 processes can share evenly"):
+        small_training("shapes", inside / "m.safetensors", unet_batch=15)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2130,113 +2075,91 @@ class Case(NamedTuple):
 ODD = [None, True, -1, 0, 0.5, 10**9, 10**30, -1e308, math.nan, "x", "", [], [0], [[-1]], {},
        "\ud800\n"]
 DEEP = b"[" * 100_000
+NO_FILES = {"folder": Path.mkdir, "pipe": getattr(os, "mkfifo", None), "nothing": Path.touch,
+            "dangling": partial(Path.symlink_to, target="nowhere"),
+            "endless": partial(Path.symlink_to, target="/dev/zero")}
 
 
-def damages(data: bytes, ends: list[int], rng: random.Random) -> Iterator[tuple[str, bytes]]:
-    """A file cut at its inner ends, with huge lengths there, with bits flipped, and doubled."""
+def damages(data: bytes, ends: list[int], rng: random.Random) -> Iterator[tuple[str, object]]:
+    """What is no file; and a file cut at its inner ends, with huge lengths there, with bits
+    flipped, and doubled."""
+    yield from NO_FILES.items()
+    yield "doubled", data * 2
     for end in ends:
-        for at in (end - 1, end, end + 1):
-            yield f"cut at {at}", data[: max(0, at)]
+        for at in (max(0, end - 1), end, end + 1):
+            yield f"cut at {at}", data[:at]
         yield f"huge at {end}", data[:end] + b"\xff" * 8 + data[end + 8 :]
-        yield f"zero at {end}", data[:end] + b"\0" * 8 + data[end + 8 :]
     for near in [*ends, *rng.sample(range(len(data)), 8)]:
         at = min(near + rng.randrange(40), len(data) - 1)
-        flipped = data[at] ^ 1 << rng.randrange(8)
-        yield f"bit flipped at {at}", data[:at] + bytes([flipped]) + data[at + 1 :]
-    yield "doubled", data * 2
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << rng.randrange(8)
+        yield f"bit flipped at {at}", bytes(flipped)
 
 
-def odd_parts(tree: dict, rng: random.Random, count: int) -> Iterator[tuple[str, dict]]:
+def odd_parts(tree: dict, rng: random.Random) -> Iterator[tuple[str, dict]]:
     """Copies of a dict in which one part, at any depth, is odd or missing."""
     for key, value in tree.items():
-        for odd in rng.sample(ODD, count):
+        for odd in rng.sample(ODD, 3):
             yield f"{key}={odd!r}", {**tree, key: odd}
         if isinstance(value, dict) and len(value) < 30:
-            for name, odd in odd_parts(value, rng, count):
+            for name, odd in odd_parts(value, rng):
                 yield f"{key}.{name}", {**tree, key: odd}
         yield f"no {key}", {name: other for name, other in tree.items() if name != key}
 
 
-NO_FILES = {
-    "folder": Path.mkdir, "pipe": os.mkfifo, "nothing": Path.touch,
-    "loop": lambda path: path.symlink_to(path.name),
-    "dangling": lambda path: path.symlink_to("nowhere"),
-    "endless": lambda path: path.symlink_to("/dev/zero")}
-
-
-def as_safetensors(header: dict, size: int) -> bytes:
-    """A .safetensors whose numbers are all zero."""
-    head = json.dumps(header).encode()
-    return len(head).to_bytes(8, "little") + head + bytes(size)
-
-
-def odd_tensors(header: dict, rng: random.Random) -> Iterator[tuple[str, dict]]:
-    """Headers with one tensor that is not as it should be."""
-    names = [name for name in header if name != "__metadata__"]
-    for name in rng.sample(names, 2):
-        entry, other = header[name], rng.choice(names)
-        for what, odd in odd_parts(entry, rng, 3):
+def odd_headers(header: dict, rng: random.Random) -> Iterator[tuple[str, dict]]:
+    """One tensor is not as it should be, or the config, or the tokenizer."""
+    meta = header["__metadata__"]
+    for name in rng.sample([*header], 2):
+        entry = header[name]
+        for what, odd in odd_parts(entry, rng):
             yield f"{name}.{what}", {**header, name: odd}
         for dtype in ("I32", "F64", "F8_E4M3", "BOOL"):
             yield f"{name} {dtype}", {**header, name: {**entry, "dtype": dtype}}
-        yield f"{name} for {other}", {**header, name: header[other]}
-        yield f"{name} long", {**header, "x" * 100_000: entry}
+    others = [("deep config", "config", DEEP.decode())]
+    for what, odd in odd_parts(json.loads(meta["config"]), rng):
+        others.append((what, "config", json.dumps(odd)))
+    for what, odd in odd_tokenizers(json.loads(meta["tokenizer"])["model"]):
+        others.append((what, "tokenizer", json.dumps({"model": odd})))
+    for what, key, odd in others:
+        yield what, {**header, "__metadata__": {**meta, key: odd}}
 
 
-def odd_metadata(meta: dict, rng: random.Random) -> Iterator[tuple[str, dict]]:
-    """Configs and tokenizers that no model can have."""
-    config = json.loads(meta["config"])
-    for what, odd in odd_parts(config, rng, 3):
-        yield f"config {what}", {**meta, "config": json.dumps(odd)}
-    tree = json.loads(meta["tokenizer"])
-    vocab, merges = tree["model"]["vocab"], tree["model"]["merges"]
-    models = [{"vocab": vocab, "merges": odd} for odd in (
-        [["a", "zzz"]], ["a b", "c"], [1, 2], [[]], {"a": "b"}, None, merges[::-1])]
+def odd_tokenizers(model: dict) -> Iterator[tuple[str, dict]]:
+    """Tables that do not fit each other."""
+    vocab = model["vocab"]
+    for merges in ([["a", "zzz"]], ["a b", "c"], [1, 2], [[]], {"a": "b"}, None):
+        yield f"merges {merges}", {"vocab": vocab, "merges": merges}
     for piece in (tiny_ldm.BOS, tiny_ldm.EOS, "a"):
         for number in (-1, 499, 10**6, 2**32, "1", None, 0.5):
-            models.append({"vocab": {**vocab, piece: number}, "merges": merges})
-        rest = {name: number for name, number in vocab.items() if name != piece}
-        models.append({"vocab": rest, "merges": merges})
-    for i, model in enumerate(models):
-        yield f"tokenizer {i}", {**meta, "tokenizer": json.dumps({"model": model})}
-    for key in meta:
-        yield f"deep {key}", {**meta, key: DEEP.decode()}
+            yield f"{piece}={number}", {**model, "vocab": {**vocab, piece: number}}
 
 
 def weights_cases(good: Path, rng: random.Random) -> Iterator[Case]:
     data = (good / "tiny.safetensors").read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    header, size = json.loads(data[8:end]), len(data) - end
-    contents = [*NO_FILES.items(), *damages(data, [0, 8, end, len(data)], rng)]
-    contents.append(("deep header", len(DEEP).to_bytes(8, "little") + DEEP))
-    for name, odd in odd_tensors(header, rng):
-        contents.append((name, as_safetensors(odd, size)))
-    for name, odd in odd_metadata(header["__metadata__"], rng):
-        contents.append((name, as_safetensors({**header, "__metadata__": odd}, size)))
+    contents = [*damages(data, [0, 8, end, len(data)], rng)]
+    for name, odd in odd_headers(json.loads(data[8:end]), rng):
+        head = json.dumps(odd).encode()
+        contents.append((name, len(head).to_bytes(8, "little") + head + data[end:]))
     for name, content in contents:
+        start = rng.choice(([], ["--image", good / "p.png"]))
         yield Case(name, {"w.safetensors": content}, [
-            "a red circle", "--weights", "w.safetensors", "--steps", 1, "-o", "x.png", *(
-                ["--image", good / "p.png"] if rng.random() < 0.5 else [])])
+            "a red circle", *start, "--weights", "w.safetensors", "--steps", 1, "-o", "x.png"])
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    """A part of a PNG."""
-    checksum = zlib.crc32(kind + data)
-    return len(data).to_bytes(4, "big") + kind + data + checksum.to_bytes(4, "big")
-
-
-def odd_pngs() -> Iterator[tuple[str, bytes]]:
-    """PNGs that say that they are of another size, or of a kind that can't be."""
-    pixels = chunk(b"IDAT", zlib.compress(bytes(97 * 32))) + chunk(b"IEND", b"")
-    for width, height, kind in ((30000, 30000, 2), (12000, 9000, 2), (2**31 - 1, 2**31 - 1, 2),
-                                (0, 0, 2), (1, 2**20, 2), (32, 32, 3), (32, 32, 9)):
-        head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, kind, 0, 0, 0])
-        yield f"{width}x{height} of kind {kind}", b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + pixels
+def png_that_says(png: bytes, width: int, height: int, kind: int) -> bytes:
+    """A PNG that is of another size or kind than it says."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
+    return png[:12] + head + zlib.crc32(head).to_bytes(4, "big") + png[33:]
 
 
 def picture_cases(good: Path, rng: random.Random) -> Iterator[Case]:
-    contents = [("png", name, content) for name, content in [*NO_FILES.items(), *odd_pngs()]]
-    contents.append(("png", "program", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n"))
+    png = (good / "p.png").read_bytes()
+    contents = [("png", "program", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n")]
+    for says in ((30000, 30000, 2), (12000, 9000, 2), (2**31 - 1, 2**31 - 1, 2), (0, 0, 2),
+                 (1, 2**20, 2), (32, 32, 3), (32, 32, 9)):
+        contents.append(("png", str(says), png_that_says(png, *says)))
     for ending in ("png", "gif", "tiff", "jpeg", "webp", "bmp"):
         file = io.BytesIO()
         gradient(32, 32).save(file, ending)
@@ -2254,6 +2177,11 @@ def line(name, text="a red circle") -> bytes:
     return json.dumps({"file_name": name, "text": text}).encode()
 
 
+def training(good: Path, folder: str | Path) -> list:
+    return ["--train", folder, "-o", "m.safetensors", "--weights", good / "tiny.safetensors",
+            "--vae-steps", 1, "--unet-steps", 1, "--unet-batch", 2]
+
+
 def folder_cases(good: Path, rng: random.Random) -> Iterator[Case]:
     png = (good / "p.png").read_bytes()
     folders = []
@@ -2269,21 +2197,14 @@ def folder_cases(good: Path, rng: random.Random) -> Iterator[Case]:
     for content in lines:
         folders.append((f"line {content[:60]}", {"f/p.png": png, "f/metadata.jsonl": content}))
     for name, files in folders:
-        yield Case(name, files, ["--train", "f", "-o", "m.safetensors", "--unet-steps", 1,
-                                 "--unet-batch", 2, "--weights", good / "tiny.safetensors"])
+        yield Case(name, files, training(good, "f"))
 
 
 class HostilePickle:
-    """Unpickled, it would leave a file."""
+    """Unpickled, it would leave a folder."""
 
     def __reduce__(self):
         return os.mkdir, ("ran",)
-
-
-def as_pickle(state: dict) -> bytes:
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
 
 
 def checkpoint_cases(good: Path, rng: random.Random) -> Iterator[Case]:
@@ -2292,37 +2213,37 @@ def checkpoint_cases(good: Path, rng: random.Random) -> Iterator[Case]:
     with zipfile.ZipFile(good / "m.safetensors.checkpoint") as archive:
         ends = [entry.header_offset for entry in archive.infolist()][::200]
         ends += [archive.start_dir, len(data) - 22]
-    contents = [*NO_FILES.items(), *damages(data, ends, rng)]
-    for name, odd in odd_parts(state, rng, 3):
-        contents.append((name, as_pickle(odd)))
+    contents = [*damages(data, ends, rng)]
+    states = [*odd_parts(state, rng), ("hostile", {**state, "x": HostilePickle()})]
     for part in ("averages", "model"):
-        for key in rng.sample([*state[part]], 2):
-            for odd in (torch.zeros(3), None, "x", state[part][key] * math.nan):
-                changed = {**state, part: {**state[part], key: odd}}
-                contents.append((f"{part}.{key}={odd}"[:60], as_pickle(changed)))
-    contents.append(("hostile", as_pickle({**state, "x": HostilePickle()})))
+        key = rng.choice([*state[part]])
+        for odd in (torch.zeros(3), None, "x"):
+            states.append((f"{part}.{key}={odd}", {**state, part: {**state[part], key: odd}}))
+    for name, odd in states:
+        contents.append((name, partial(torch.save, odd)))
     for name, content in contents:
         yield Case(name, {"m.safetensors.checkpoint": content}, [
             "--train", good / "f", "-o", "m.safetensors", "--vae-steps", 2, "--unet-steps", 2,
             "--unet-batch", 2])
 
 
-WORDS = ["", " ", "x", "nan", "inf", "-1", "0", "1e400", "1" * 30, "1" * 5000, "\u0663", "/", "..",
-         "\n\x1b[2J", "/dev/null", "/dev/full/x.png", "/proc/x.png", "--", "a\udcff", "a\udcff.png",
-         "\0.png", "x" * 300 + ".png", "\u65e5.png", "--steps", "2.5", "cpu", "meta", None]
+WORDS = ["", " ", "x", "nan", "inf", "-1", "0", "1e400", "1" * 5000, "\u0663", "/", "..", "cpu",
+         "\n\x1b[2J", "/dev/null", "/dev/full/x.png", "/proc/x.png", "--", "a\udcff", "\u65e5.png",
+         "x" * 300 + ".png", "--steps", "2.5", "meta"]
 
 
 def call_cases(good: Path, rng: random.Random) -> Iterator[Case]:
-    """Every flag with odd words, and odd prompts."""
-    weights = ["--weights", good / "tiny.safetensors"]
-    make = ["a red circle", *weights, "--steps", 1, "-o", "x.png"]
-    train = ["--train", good / "f", *weights, "-o", "m.safetensors", "--unet-steps", 1,
-             "--unet-batch", 2]
-    for name in vars(tiny_ldm.parse_args(["a"])):
-        for word in rng.sample(WORDS, 7):
-            given = [f"--{name.replace('_', '-')}", word]
-            base = train if "_steps" in name or rng.random() < 0.3 else make
-            yield Case(f"{base[0]} {given}"[:60], {}, base + given[: 1 + (word is not None)])
+    """Every flag with odd words, and without one; and odd prompts."""
+    make = ["a red circle", "--weights", good / "tiny.safetensors", "--steps", 1, "-o", "x.png"]
+    names = [*vars(tiny_ldm.parse_args(["a"]))]
+    names.remove("compile")                        # takes more memory than there is here
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        for given in ([flag], *([flag, word] for word in rng.sample(WORDS, 6))):
+            base = make
+            if "_steps" in name or rng.random() < 0.3:
+                base = training(good, good / "f")
+            yield Case(f"{base[0]} {given}"[:60], {}, base + given)
     for prompt in ("\x00", "\x1b[2J", "\u202e\u2066", "\ud800", "\U0001d49c" * 70, "a\u0301" * 100,
                    "\ufeff", "-", "/../x", "{", "%s%n", "a" * 2**20, "red " * 2**18,
                    "<|endoftext|>" * 99):
@@ -2334,8 +2255,7 @@ def full_disk_cases(good: Path, rng: random.Random) -> Iterator[Case]:
     make = ["a red circle", "--weights", good / "tiny.safetensors", "--steps", 9, "-o", "x.png"]
     yield Case("picture", {}, [*make, "--width", 256], room=2**12)
     yield Case("film", {}, [*make, "--film", "f.png"], room=2**12)
-    short = ["--vae-steps", 1, "--unet-steps", 1]
-    yield Case("training", {}, ["--train", good / "f", "-o", "m.safetensors", *short], room=2**16)
+    yield Case("training", {}, training(good, good / "f"), room=2**16)
 
 
 CASES = {"weights": weights_cases, "pictures": picture_cases, "folders": folder_cases,
@@ -2384,43 +2304,40 @@ def tried(case: Case) -> tuple[int, str]:
         before = set(Path(".").rglob("*"))
         argv = [str(word) for word in case.argv]
         code = ended(forked(partial(tiny_ldm.main, argv), log, case.room))
-        new = [path.name for path in set(Path(".").rglob("*")) - before]
+        new = {path.name for path in set(Path(".").rglob("*")) - before}
         os.chdir("/")
         log.seek(0)
         said = log.read().decode("utf-8", "replace")
-    # What the user should know besides may come before the line that says the error. A picture is
-    # whole when its name is printed, whatever happens to the film
+    # A picture is whole when its name is printed, whatever happens to the film
     lines = [line for line in said.splitlines() if line not in new]
+    notes = [line for line in lines if line.startswith("tiny_ldm: ")]
+    good = "Traceback" not in said and not any(name.endswith(".part") for name in new)
     if code == 2:
-        new = [name for name in new if name not in said]
-    good = {0: "Traceback" not in said and not any(name.endswith(".part") for name in new),
-            2: bool(lines) and all(line.startswith("tiny_ldm: ") for line in lines) and not new}
-    return code, "" if good.get(code) else f"exit code {code}, files {new}: {said[-1500:]}"
+        good = good and notes and notes == lines and new <= set(said.splitlines())
+    return code, "" if good and code in (0, 2) else f"exit code {code}, files {new}: {said[-1500:]}"
+
+
+def make_good_files(folder: Path) -> Path:
+    """A small file of each kind that is as it should be. Also makes training small."""
+    torch.set_num_threads(1)                       # forking is safe where no other threads are,
+    tiny_ldm.tqdm.monitor_interval = 0             # nor that of a progress bar, whose lock must
+    tiny_ldm.tqdm.set_lock(threading.RLock())      # not be one that a killed process holds for all
+    tiny_ldm.tqdm = partial(tiny_ldm.tqdm, file=io.StringIO())
+    tiny_ldm.train_model.__kwdefaults__.update(config=TINY, vae_batch=2, device="cpu")
+    gradient(32, 32).save(folder / "p.png")
+    make_folder(folder / "f", 1)
+    tiny_model().save(folder / "tiny.safetensors")
+    small_training(folder / "f", folder / "m.safetensors", unet_batch=2)
+    return folder
 
 
 def try_cases(folder: str, share: int, part: int) -> None:
     """Tries every share-th case of each group, and prints how each ended, as JSON."""
     good, found = make_good_files(Path(folder)), []
     for group, cases in CASES.items():
-        for i, case in enumerate(cases(good, random.Random(group))):
-            if i % share == part:
-                found.append((group, case.name, *tried(case)))
+        for case in itertools.islice(cases(good, random.Random(group)), part, None, share):
+            found.append((group, case.name, *tried(case)))
     print(json.dumps(found))
-
-
-def make_good_files(folder: Path) -> Path:
-    """A small file of each kind that is as it should be. Also makes training small."""
-    torch.set_num_threads(1)                       # forking is safe where no other threads are
-    tiny_ldm.train_model.__kwdefaults__.update(config=TINY, vae_batch=2, device="cpu")
-    tiny_ldm.tqdm.monitor_interval = 0             # nor that of a progress bar, whose lock must
-    tiny_ldm.tqdm.set_lock(threading.RLock())      # not be one that a killed process holds for all
-    tiny_ldm.tqdm = partial(tiny_ldm.tqdm, file=io.StringIO())
-    gradient(32, 32).save(folder / "p.png")
-    make_folder(folder / "f", 1)
-    tiny_model().save(folder / "tiny.safetensors")
-    small_training(folder / "f", folder / "m.safetensors", vae_steps=2, vae_batch=2, unet_steps=2,
-                   unet_batch=2)
-    return folder
 
 
 def apart(call: str, *args) -> subprocess.Popen:
@@ -2449,39 +2366,42 @@ def test_damaged_files_and_odd_calls_end_in_one_line(group, outcomes):
     assert codes.count(2) >= len(rows) / 4
 
 
+KILLED = dict(vae_steps=8, vae_batch=2, unet_steps=8, save_minutes=0)
+
+
 def kill_training(folder: str) -> None:
     """Trains until killed, twenty times, and then to the end. Prints how many of the killed ones
     left a half-written checkpoint."""
-    root, rng, halves = Path(folder), random.Random(0), []
+    root, rng, left = Path(folder), random.Random(0), 0
     good = make_good_files(root)
     (root / "killed").mkdir()
-    training = partial(small_training, good / "f", root / "killed" / "m.safetensors", vae_steps=8,
-                       vae_batch=2, unet_steps=8, save_minutes=0)
 
-    def train():
-        training()
+    def train() -> int:
+        small_training(good / "f", root / "killed" / "m.safetensors", **KILLED)
         return 0
+
+    def halves() -> int:
+        return len(list(root.glob("killed/.*checkpoint*.part")))
 
     with open(root / "log", "w") as log:
         for i in range(20):
-            known, pid = len(list(root.glob("killed/.*.part"))), forked(train, log)
+            known, pid = halves(), forked(train, log)
             if i % 2:                    # every second one dies while a checkpoint is written
-                while len(list(root.glob("killed/.*checkpoint*.part"))) == known:
+                while halves() == known:
                     time.sleep(0.0002)
             else:
                 time.sleep(rng.uniform(0, 0.5))
             os.kill(pid, signal.SIGKILL)
             assert ended(pid) in (0, -signal.SIGKILL)
-            halves.append(len(list(root.glob("killed/.*.part"))) > known)
+            left += halves() > known
         assert ended(forked(train, log)) == 0
-    print(json.dumps(sum(halves)))
+    print(left)
 
 
 @whole
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_training_killed_at_twenty_moments_equals_an_uninterrupted_one(tmp_path, one_thread):
     output, _ = apart("kill_training", tmp_path).communicate()
-    assert json.loads(output) >= 5, (tmp_path / "log").read_text()
-    through = small_training(tmp_path / "f", tmp_path / "through.safetensors", vae_steps=8,
-                             vae_batch=2, unet_steps=8)
+    assert int(output) >= 5, (tmp_path / "log").read_text()
+    through = small_training(tmp_path / "f", tmp_path / "through.safetensors", **KILLED)
     assert same_model(through, LatentDiffusion.load(tmp_path / "killed" / "m.safetensors", "cpu"))
