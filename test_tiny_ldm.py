@@ -1599,6 +1599,23 @@ def test_pictures_of_every_kind_become_rgb(tmp_path):
         assert np.abs(pixels_of([picture]) - grey).max() <= 1, name
 
 
+def test_a_mask_is_read_by_its_brightness_next_to_any_image():
+    mask = Image.new("RGB", (64, 64))
+    mask.paste((0, 255, 0), (0, 0, 64, 16))                # the upper quarter, in green
+    picture = gradient(64, 64)
+    for image in (picture, tiny_ldm.to_tensor([picture])):
+        _, repaint = tiny_ldm.fit_pictures(image, mask, 16, None, None)
+        assert repaint[..., :15, :].all() and not repaint[..., 17:, :].any()
+
+
+@pytest.mark.parametrize("prompts, negatives", [(4, 2), (2, 4), (1, 2)])
+def test_negative_prompts_are_one_for_all_or_one_for_each(tiny, prompts, negatives):
+    with pytest.raises(InputError, match=f"{negatives} negative prompts for {prompts} prompts"):
+        tiny.generate(["a"] * prompts, ["b"] * negatives, steps=1, progress=False)
+    with pytest.raises(InputError, match="there is no prompt"):
+        tiny.generate([], steps=1, progress=False)
+
+
 @pytest.mark.parametrize("width, height, wanted", [
     (None, None, (48, 48)), (32, None, (48, 32)), (16, 64, (64, 16))])
 def test_pictures_are_cropped_to_the_nearest_size_and_their_masks_with_them(width, height, wanted):
@@ -1754,9 +1771,25 @@ def test_interrupted_training_equals_an_uninterrupted_one(pictures, tmp_path, on
     assert same_model(through, small_training(pictures, out, unet_steps=0))
 
 
-def test_what_can_not_be_continued_is_refused(pictures, tmp_path):
+def test_a_resumed_training_keeps_its_tokenizer_and_tidies_up(tmp_path):
+    """Also where the captions have changed meanwhile, and a killed run has left half a file."""
+    folder, out = make_folder(tmp_path / "f"), tmp_path / "m.safetensors"
+    first = small_training(folder, out)
+    (folder / "0.txt").write_text("a lime pentagon " * 3)
+    left = tmp_path / ".m.safetensors.checkpoint.0123.part"
+    left.write_bytes(b"half")
+    again = small_training(folder, out, unet_steps=4)
+    assert again.tokenizer.backend.get_vocab() == first.tokenizer.backend.get_vocab()
+    assert again.config == first.config and not left.exists()
+
+
+def test_what_can_not_be_trained_or_continued_is_refused(pictures, tmp_path):
     out = tmp_path / "m.safetensors"
     checkpoint = tmp_path / "m.safetensors.checkpoint"
+    start = tmp_path / "start.safetensors"
+    tiny_model(unet=replace(TINY.unet, in_channels=9)).save(start)
+    with pytest.raises(InputError, match="is an inpainting model, which can't be trained"):
+        small_training(pictures, out, weights=start)
     small_training(pictures, out)
     for settings in (dict(seed=1), dict(weights=out)):
         with pytest.raises(InputError, match="is of another run .*choose another -o"):
@@ -2011,6 +2044,9 @@ BAD = [
     ("a --guidance-scale nan", "guidance_scale must be from -1000 to 1000, not nan"),
     ("a --strength 1.5", "strength must be from 0 to 1, not 1.5"),
     ("a --image none.png", "no file none.png"),
+    ("a -o x.png --film x.png", "x.png is the name of another picture here"),
+    ("a -n 2 -o x.png --film x-1.png", "x-1.png is the name of another picture here"),
+    ("a --image p.png -o ./p.png", "p.png is the name of another picture here"),
     ("a --image cut.safetensors", "cut.safetensors can't be read as a picture"),
     ("a --mask p.png", "a mask needs an image that it belongs to"),
     ("a --nonsense", "unrecognized arguments: --nonsense"),

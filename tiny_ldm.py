@@ -370,9 +370,9 @@ def guide(eps_without: Tensor, eps_with: Tensor, scale: float) -> Tensor:
 
 # That is all. From here on: a network good enough to guess (3 to 6), and better walks (7).
 
-# %% Look: alpha bar at three timesteps
+# %% Look: alpha bar from clean to noise
 if STEPPING:
-    print(make_alphas_cumprod(SD1.schedule)[[0, 500, 999]])
+    print(make_alphas_cumprod(SD1.schedule)[::333])
 
 
 # %% 3. Blocks
@@ -1294,13 +1294,18 @@ class LatentDiffusion(nn.Module):
         with safe_open(path or BUILT_IN, framework="pt") as file:
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with torch.device("meta"):            # no memory, no random numbers: the file has them all
+            ldm = LatentDiffusion.from_header(header)
+        ldm.load_state_dict(tensors, assign=True)
+        return ldm.to(device, dtype or torch.float32).eval().requires_grad_(False)
+
+    @staticmethod
+    def from_header(header: dict[str, str]) -> "LatentDiffusion":
+        """A new model with the config and the tokenizer of a header, both JSON."""
         config = Config.from_dict(json.loads(header["config"]))
         tables = json.loads(header["tokenizer"])["model"]
         backend = clip_backend(tables["vocab"], tables["merges"])
-        with torch.device("meta"):            # no memory, no random numbers: the file has them all
-            ldm = LatentDiffusion(config, Tokenizer(backend, config.text.max_length))
-        ldm.load_state_dict(tensors, assign=True)
-        return ldm.to(device, dtype or torch.float32).eval().requires_grad_(False)
+        return LatentDiffusion(config, Tokenizer(backend, config.text.max_length))
 
     def save(self, path: str | Path) -> None:
         """Writes the model as one .safetensors, in the precision that it has."""
@@ -1481,7 +1486,7 @@ class LatentDiffusion(nn.Module):
 # %% Look: a picture
 if STEPPING:
     from IPython.display import display
-    display(LatentDiffusion.load().generate("a red circle left of a blue square")[0])
+    display(*LatentDiffusion.load().generate("a red circle left of a blue square"))
 
 
 # %% 9. Training
@@ -1965,7 +1970,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     white where it is transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):        # 16 bits: Pillow would make all above 255 white
-        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        pixels = (np.asarray(image) / 257).clip(0, 255)
+        image = Image.fromarray(pixels.astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -1990,11 +1996,13 @@ def fit_pictures(image: Image.Image | Tensor | None, mask: Image.Image | Tensor 
                              f"nearest: {below} or {below + stride}")
     if image is None and mask is not None:
         raise InputError("a mask needs an image that it belongs to")
+    if isinstance(mask, Image.Image):
+        mask = to_rgb(mask).convert("L")
     if isinstance(image, Image.Image):
         image = to_rgb(image)
         if isinstance(mask, Image.Image):
-            mask = to_rgb(mask).convert("L").resize(image.size)
-        own = [max(1, round(side / stride)) * stride for side in image.size]
+            mask = mask.resize(image.size)
+        own = [min(8192, max(1, round(side / stride)) * stride) for side in image.size]
         width, height = width or own[0], height or own[1]
         image = to_tensor([ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)])
     if isinstance(mask, Image.Image):
@@ -2056,8 +2064,7 @@ def load(path: str | Path | None = None, device: str | torch.device = "auto",
          dtype: torch.dtype | None = None) -> LatentDiffusion:
     path = BUILT_IN if path is None else path
     device = pick_device(device)
-    keep_freed_memory()
-    Attention.attend = attend
+    go_faster()
     check_weights(path)
     with input_errors(f"{path} is damaged", "get it again, or make it anew"):
         ldm = lesson_load(path, device, dtype)
@@ -2082,12 +2089,23 @@ def decode_latents(self: LatentDiffusion, latents: Tensor) -> Tensor:
     return image
 
 
+def count_prompts(prompts: str | list[str] | Tensor | None) -> int:
+    """How many they are. None is the empty prompt."""
+    return 1 if prompts is None or isinstance(prompts, str) else len(prompts)
+
+
 def behind_the_door(lesson_method: Callable) -> Callable:
     """denoise or generate, with pictures of any kind, and everything checked."""
     @functools.wraps(lesson_method)
     def method(self, prompt, negative_prompt=None, *, image=None, mask=None, width=None,
                height=None, **settings):
         check_settings(settings)
+        prompts, negatives = count_prompts(prompt), count_prompts(negative_prompt)
+        if not prompts:
+            raise InputError("there is no prompt; give at least one")
+        if negatives not in (1, prompts):
+            raise InputError(f"{negatives} negative prompts for {prompts} prompts: give one, or "
+                             "one for each")
         image, mask = fit_pictures(image, mask, self.config.stride, width, height)
         if mask is None and self.config.unet.in_channels > self.config.vae.latent_channels:
             raise InputError("this model repaints: give it an image and a mask")
@@ -2145,6 +2163,12 @@ def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         later = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(later, -math.inf)
     return scores.softmax(dim=-1) @ v
+
+
+def go_faster() -> None:
+    """What costs nothing but changes more than one model: for `load` and for training."""
+    keep_freed_memory()
+    Attention.attend = attend
 
 
 def compile_networks(ldm: LatentDiffusion) -> None:
@@ -2360,7 +2384,22 @@ def new_model(config: Config, captions: list[str]) -> LatentDiffusion:
     text = config.text
     tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
     text = replace(text, vocab_size=tokenizer.backend.get_vocab_size())
-    return LatentDiffusion(replace(config, text=text), tokenizer).eval()
+    return LatentDiffusion(replace(config, text=text), tokenizer)
+
+
+def join_processes() -> None:
+    """Lets the processes that torchrun started find each other."""
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()
+        # However training ends: one of its threads that outlives Python aborts the process
+        atexit.register(torch.distributed.destroy_process_group)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what `write_whole` had half written when a run was killed."""
+    for path in out.parent.iterdir():
+        if path.name.startswith(f".{out.name[:40]}.") and path.suffix == ".part":
+            path.unlink(missing_ok=True)
 
 
 def train_model(source: str, out: str | Path, *, weights: str | Path | None = None,
@@ -2374,9 +2413,10 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     continues from out + ".checkpoint". Raises InputError.
     """
     check_settings(locals())
-    checkpoint_path = Path(f"{out}.checkpoint")
     check_output(out, (".safetensors",))
-    if Path(out).exists() and not checkpoint_path.exists() and not force:
+    out = Path(out)
+    checkpoint_path = out.with_name(f"{out.name}.checkpoint")
+    if out.exists() and not checkpoint_path.exists() and not force:
         raise InputError(f"{out} exists, and no checkpoint to continue from; choose another -o, or "
                          "replace it with --force")
     if vae_batch % WORLD or unet_batch % WORLD:
@@ -2384,24 +2424,23 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     run = [source, str(weights or ""), str(seed)]
     checkpoint = read_checkpoint(checkpoint_path, run)
     device = pick_device(device)
-    keep_freed_memory()
-    Attention.attend = attend
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group()
-        # However training ends: one of its threads that outlives Python aborts the process
-        atexit.register(torch.distributed.destroy_process_group)
+    go_faster()
+    remove_leftovers(out)
+    join_processes()
     torch.manual_seed(seed)
     ldm = None if weights is None else LatentDiffusion.load(weights, device)
+    if checkpoint:
+        ldm = LatentDiffusion.from_header(checkpoint)
     config = ldm.config if ldm else config
+    if config.unet.in_channels != config.vae.latent_channels:
+        raise InputError(f"{weights} is an inpainting model, which can't be trained here")
     data = ShapesData(config.image_size, seed)
     if source != "shapes":
         data = FolderData(Path(source), config.image_size, seed)
-    ldm = ldm or new_model(config, data.captions()).to(device)
+    ldm = (ldm or new_model(config, data.captions())).eval().to(device)
     ldm.config = replace(ldm.config, name=source)
-    if checkpoint:
-        ldm.config = Config.from_dict(json.loads(checkpoint["config"]))
     ldm.to(memory_format=torch.channels_last)
-    trainer = Trainer(ldm, data, Path(out), run, seed, dtype, save_minutes, checkpoint)
+    trainer = Trainer(ldm, data, out, run, seed, dtype, save_minutes, checkpoint)
     if weights is None and (checkpoint is None or checkpoint["stage"] == "vae"):
         trainer.fit("vae", ("vae.",), vae_steps, vae_batch)
         trainer.measure_scale()
@@ -2475,9 +2514,9 @@ def picture_paths(args: argparse.Namespace) -> list[Path]:
     return [path.with_name(f"{path.stem}-{args.seed + i}.png") for i in range(args.count)]
 
 
-def make_pictures(args: argparse.Namespace) -> None:
-    """What the command does without --train: the pictures one by one, so that each is the same to
-    the bit as when it is made alone."""
+def check_call(args: argparse.Namespace) -> list[Path]:
+    """Where the pictures go. Raises InputError for what would fail, or lose a picture, only after
+    all the work."""
     check_settings(vars(args))
     if not args.prompt.strip():
         raise InputError("the prompt is empty; say what the picture should show, like "
@@ -2486,6 +2525,19 @@ def make_pictures(args: argparse.Namespace) -> None:
         f"{args.prompt} {args.negative_prompt}".encode()
     check_output(args.output or ".png", (".png",))
     check_output(args.film or ".png", (".png", ".gif"))
+    paths = picture_paths(args)
+    taken = {os.path.abspath(path) for path in (args.image, args.mask) if path}
+    for path in [*paths, args.film]:
+        if path and os.path.abspath(path) in taken:
+            raise InputError(f"{path} is the name of another picture here; choose another name")
+        taken.add(os.path.abspath(path or ""))
+    return paths
+
+
+def make_pictures(args: argparse.Namespace) -> None:
+    """What the command does without --train: the pictures one by one, so that each is the same to
+    the bit as when it is made alone."""
+    paths = check_call(args)
     image = open_image(args.image) if args.image is not None else None
     mask = open_image(args.mask) if args.mask is not None else None
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
@@ -2498,7 +2550,7 @@ def make_pictures(args: argparse.Namespace) -> None:
     if args.compile:
         compile_networks(ldm)
     films = []
-    for seed, path in enumerate(picture_paths(args), args.seed):
+    for seed, path in enumerate(paths, args.seed):
         guesses = []
         picture, = ldm.generate(
             args.prompt, args.negative_prompt, seed=seed, image=image, mask=mask, **settings,
