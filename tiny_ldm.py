@@ -63,7 +63,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -1239,7 +1239,7 @@ BUILT_IN = Path(globals().get("__file__", ".")).parent / "weights" / "shapes.saf
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
     """Pictures of one size -> [B, 3, H, W] in [−1, 1], float32."""
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    pixels = np.stack([image.convert("RGB") for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -1301,7 +1301,7 @@ class LatentDiffusion(nn.Module):
 
     @staticmethod
     def from_header(header: dict[str, str]) -> "LatentDiffusion":
-        """A new model with the config and the tokenizer of a header, both JSON."""
+        """A new model with the config and the tokenizer of a `header`."""
         config = Config.from_dict(json.loads(header["config"]))
         tables = json.loads(header["tokenizer"])["model"]
         backend = clip_backend(tables["vocab"], tables["merges"])
@@ -1309,10 +1309,13 @@ class LatentDiffusion(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Writes the model as one .safetensors, in the precision that it has."""
-        header = {"format": "tiny_ldm", "config": json.dumps(asdict(self.config)),
-                  "tokenizer": self.tokenizer.backend.to_str()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, header)
+        save_file(tensors, path, self.header())
+
+    def header(self) -> dict[str, str]:
+        """What a weights file says besides its tensors."""
+        return {"format": "tiny_ldm", "config": json.dumps(asdict(self.config)),
+                "tokenizer": self.tokenizer.backend.to_str()}
 
     @torch.no_grad()
     def encode_text(self, prompts: str | list[str] | Tensor) -> Tensor:
@@ -1658,16 +1661,19 @@ import contextlib
 import copy
 import ctypes
 import functools
+import glob
 import itertools
 import os
 import random
 import re
 import signal
+import tempfile
 import time
 import warnings
 import zipfile
 
 from PIL import ImageDraw, PngImagePlugin
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% 10. Shapes
 # --------------------------------------------------------------------------------------------------
@@ -1877,11 +1883,16 @@ def input_errors(what: str, cure: str) -> Iterator[None]:
     """Whatever goes wrong inside is the fault of what came from outside: raises InputError."""
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
         reason = shortened(f"{type(error).__name__}: {error}", 200)
         raise InputError(f"{what} ({reason}); {cure}") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has no type of its own for it on a CPU."""
+    return isinstance(error, MemoryError) or bool(re.search("alloc|out of memory", str(error)))
 
 
 def shortened(text: str, width: int = 60) -> str:
@@ -1896,8 +1907,8 @@ def say(message: str) -> None:
 
 
 RANGES = {"steps": (1, 1000), "guidance_scale": (-1000, 1000), "eta": (0, 1), "strength": (0, 1),
-          "seed": (0, 2**63 - 2**16), "batch_size": (1, 2**16), "count": (1, 2**16),
-          "vae_batch": (1, 2**16), "unet_batch": (1, 2**16)}
+          "seed": (0, 2**62), "batch_size": (1, 65536), "count": (1, 65536),
+          "vae_batch": (1, 65536), "unet_batch": (1, 65536)}
 
 
 def check_settings(settings: dict) -> None:
@@ -1917,7 +1928,7 @@ def check_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {path}; check the path")
-    with input_errors(f"{path} can't be opened", "check its permissions"), open(path, "rb") as file:
+    with open(path, "rb") as file:
         head = file.read(100).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a git-LFS pointer, not the file; fetch it: git lfs pull")
@@ -1927,21 +1938,22 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
-def check_output(path: str | Path, endings: tuple[str, ...]) -> None:
-    """Raises InputError for a name that could not be written, after all the work."""
+def check_output(path: str | Path, *endings: str) -> None:
+    """Raises InputError, before all the work, for a name that can't be written after it."""
     path = Path(path)
-    is_other = "\0" in str(path) or path.exists() and not path.is_file()
-    if is_other or not str(path).lower().endswith(endings):
-        raise InputError(f"{path} must be a file that ends in {' or '.join(endings)}")
-    if not path.parent.is_dir():
-        raise InputError(f"the folder {path.parent} does not exist; make it first")
+    if not path.name.lower().endswith(endings):
+        raise InputError(f"{path} must end in {' or '.join(endings)}")
+    with input_errors(f"{path} can't be written", "choose another place or name"):
+        if path.exists() and not path.is_file():
+            raise ValueError("a folder or a device has this name")
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
     """Calls write(name) with a name next to path, then renames: a file is there whole or not at
     all. Raises InputError."""
     path = Path(path)
-    # At random, since other processes may be writing in this folder
+    # At random, since others may be writing in this folder
     beside = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.part")
     try:
         with input_errors(f"{path} can't be written", "check name, room on the disk, permissions"):
@@ -1949,12 +1961,6 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def read_text(path: Path) -> str:
-    """A text file. Raises InputError."""
-    with input_errors(f"{path} can't be read as UTF-8 text", "replace or remove it"):
-        return check_file(path).read_text("utf-8-sig")           # a byte order mark is no text
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -1978,36 +1984,40 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit_pictures(image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None,
-                 stride: int, width: int | None, height: int | None
-                 ) -> tuple[Tensor | None, Tensor | None]:
-    """An image -> [B, 3, H, W] in [−1, 1], and its mask (white: repaint) -> bool [1, 1, H, W].
+def fit_pictures(config: Config, image: Image.Image | Tensor | None = None,
+                 mask: Image.Image | Tensor | None = None, width: int | None = None,
+                 height: int | None = None, **others) -> dict:
+    """The settings of `denoise`, with an image -> [B, 3, H, W] in [−1, 1], and its mask (white:
+    repaint) -> bool [1, 1, H, W].
 
-    Pictures are resized and cropped to width x height or else to the multiples of stride nearest to
-    their own size. Tensors stay as they are. Raises InputError for sizes that are not multiples of
-    stride, and for a mask alone.
+    Pictures are resized and cropped to width x height, or else to the multiples of the config's
+    stride nearest to their own size. Tensors stay as they are. Raises InputError for other sizes,
+    and for a mask that is missing or alone.
     """
+    stride = config.stride
+    if mask is not None and image is None:
+        raise InputError("a mask needs an image that it belongs to")
+    if mask is None and config.unet.in_channels > config.vae.latent_channels:
+        raise InputError("this model repaints: give it an image and a mask")
     if isinstance(image, Tensor):
         height, width = image.shape[2:]
-    for name, size in (("width", width), ("height", height)):
-        if size is not None and (size % stride or not 0 < size <= 8192):
-            below = max(stride, size // stride * stride)
-            raise InputError(f"{name} {size} is not a multiple of {stride} up to 8192; the "
-                             f"nearest: {below} or {below + stride}")
-    if image is None and mask is not None:
-        raise InputError("a mask needs an image that it belongs to")
-    if isinstance(mask, Image.Image):
-        mask = to_rgb(mask).convert("L")
+    size = (width, height)
     if isinstance(image, Image.Image):
         image = to_rgb(image)
-        if isinstance(mask, Image.Image):
-            mask = mask.resize(image.size)
-        own = [min(8192, max(1, round(side / stride)) * stride) for side in image.size]
-        width, height = width or own[0], height or own[1]
-        image = to_tensor([ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)])
+        size = image.size
+        nearest = [min(8192, max(1, round(side / stride)) * stride) for side in size]
+        width, height = width or nearest[0], height or nearest[1]
+    for name, side in (("width", width), ("height", height)):
+        if side is not None and (side % stride or not 0 < side <= 8192):
+            below = max(stride, side // stride * stride)
+            raise InputError(f"{name} {side} is not a multiple of {stride} up to 8192; the "
+                             f"nearest: {below} or {below + stride}")
     if isinstance(mask, Image.Image):
+        mask = to_rgb(mask).convert("L").resize(size)
         mask = to_tensor([ImageOps.fit(mask, (width, height))])[:, :1] > 0
-    return image, mask
+    if isinstance(image, Image.Image):
+        image = to_tensor([ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)])
+    return dict(others, image=image, mask=mask, width=width, height=height)
 
 
 def check_header(header: dict[str, str]) -> None:
@@ -2015,40 +2025,39 @@ def check_header(header: dict[str, str]) -> None:
     c = Config.from_dict(json.loads(header["config"]))
     vocab = json.loads(header["tokenizer"])["model"]["vocab"]
     c.name.encode()                       # no half letters
-    pairs = [(c, SD1), (c.text, SD1.text),
-             (c.vae, SD1.vae), (c.unet, SD1.unet)]
-    for part, like in pairs:
-        for name, example in vars(like).items():
-            if isinstance(example, int) and type(getattr(part, name)) is not int:
-                raise TypeError(f"{name} is no whole number")
+    for part in (c, c.text, c.vae, c.unet, c.schedule):
+        for it in fields(part):
+            value = getattr(part, it.name)
+            if it.type == "int" and (type(value) is not int or not 0 < value < 65536):
+                raise ValueError(f"{it.name} can't be {value!r}")
     depths = (c.text.num_layers, c.vae.num_res_blocks, c.unet.num_res_blocks)
     good = (max(*depths, *c.unet.transformer_depth) <= 100
             and c.text.width % c.text.num_heads == c.unet.channels % c.unet.num_heads == 0
-            and 8192 >= c.image_size > c.image_size % c.stride == 0
-            and 0 < c.steps <= c.schedule.num_timesteps <= 1000
+            and c.image_size % c.stride == 0
+            and c.steps <= c.schedule.num_timesteps <= 1000
             and 0 < c.schedule.beta_start <= c.schedule.beta_end < 1
             and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000
-            and min(c.vae.norm_groups, c.unet.norm_groups) > 0
             and c.prediction in ("eps", "v") and c.sampler in SAMPLERS
             and {BOS, EOS} <= vocab.keys() and max(vocab.values()) < c.text.vocab_size)
     if not good:
         raise ValueError("its config or tokenizer can't be, or they do not fit each other")
 
 
-def check_weights(path: str | Path) -> None:
-    """Raises InputError unless this is a weights file."""
+def read_header(path: str | Path) -> dict[str, str]:
+    """The header of a weights file. Raises InputError unless it is one."""
     with input_errors(f"{path} is damaged or no .safetensors file",
                       "get it again, or convert a .ckpt with weights_convert.py"):
         with safe_open(check_file(path), framework="pt") as file:
             header, names = file.metadata() or {}, str(file.keys())
-    if "model.diffusion_model." in names:
-        raise InputError(f"{path} is an official checkpoint; convert it first: "
-                         f"python weights_convert.py {path}")
-    if header.get("format") != "tiny_ldm" or "unet.conv_in.weight" in names:
-        raise InputError(f"{path} is no tiny_ldm weights file, or one of an earlier version; make "
-                         "it with --train, or from Stable Diffusion with weights_convert.py")
-    with input_errors(f"{path} is damaged", "get it again, or make it anew"):
+        if "model.diffusion_model." in names:
+            raise InputError(f"{path} is an official checkpoint; convert it first: "
+                             f"python weights_convert.py {path}")
+        if header.get("format") != "tiny_ldm" or "unet.conv_in.weight" in names:
+            raise InputError(f"{path} is no tiny_ldm weights file, or one of an earlier version; "
+                             "make it with --train, or from Stable Diffusion with "
+                             "weights_convert.py")
         check_header(header)
+    return header
 
 
 # The methods of the lesson, behind the door. What they do and take is as said there, but pictures
@@ -2064,8 +2073,8 @@ def load(path: str | Path | None = None, device: str | torch.device = "auto",
          dtype: torch.dtype | None = None) -> LatentDiffusion:
     path = BUILT_IN if path is None else path
     device = pick_device(device)
-    go_faster()
-    check_weights(path)
+    keep_freed_memory()
+    read_header(path)
     with input_errors(f"{path} is damaged", "get it again, or make it anew"):
         ldm = lesson_load(path, device, dtype)
     if device.type != "cpu" or ldm.dtype != torch.float32:
@@ -2089,28 +2098,18 @@ def decode_latents(self: LatentDiffusion, latents: Tensor) -> Tensor:
     return image
 
 
-def count_prompts(prompts: str | list[str] | Tensor | None) -> int:
-    """How many they are. None is the empty prompt."""
-    return 1 if prompts is None or isinstance(prompts, str) else len(prompts)
-
-
 def behind_the_door(lesson_method: Callable) -> Callable:
     """denoise or generate, with pictures of any kind, and everything checked."""
     @functools.wraps(lesson_method)
-    def method(self, prompt, negative_prompt=None, *, image=None, mask=None, width=None,
-               height=None, **settings):
+    def method(self, prompt, negative_prompt=None, **settings):
         check_settings(settings)
-        prompts, negatives = count_prompts(prompt), count_prompts(negative_prompt)
-        if not prompts:
-            raise InputError("there is no prompt; give at least one")
-        if negatives not in (1, prompts):
-            raise InputError(f"{negatives} negative prompts for {prompts} prompts: give one, or "
-                             "one for each")
-        image, mask = fit_pictures(image, mask, self.config.stride, width, height)
-        if mask is None and self.config.unet.in_channels > self.config.vae.latent_channels:
-            raise InputError("this model repaints: give it an image and a mask")
-        return lesson_method(self, prompt, negative_prompt, image=image, mask=mask, width=width,
-                             height=height, **settings)
+        prompts, negatives = [1 if given is None or isinstance(given, str) else len(given)
+                              for given in (prompt, negative_prompt)]
+        if not prompts or negatives not in (1, prompts):
+            raise InputError(f"{prompts} prompts and {negatives} negative prompts: give at least "
+                             "one prompt, and one negative prompt for all or one for each")
+        settings = fit_pictures(self.config, **settings)
+        return lesson_method(self, prompt, negative_prompt, **settings)
     return method
 
 
@@ -2123,20 +2122,16 @@ LatentDiffusion.generate = behind_the_door(LatentDiffusion.generate)
 
 # %% 12. Faster
 # --------------------------------------------------------------------------------------------------
-# What pays: keeping freed memory, the order in memory (see `load`), attention in bfloat16,
-# compiling.
+# What pays: keeping freed memory, the order in memory (see `load`), compiling. The rest is PyTorch.
 
 def pick_device(name: str | torch.device) -> torch.device:
     """"auto", "cpu", "cuda" or "mps" -> a device that is there, set to exact float32. Raises
     InputError."""
     torch.backends.cudnn.allow_tf32 = False      # or GPUs round float32 convolutions to 10 bits
     if name == "auto":
-        name = "cpu"
-        if torch.accelerator.is_available():
-            name = torch.accelerator.current_accelerator()
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with input_errors(f"there is no device {str(name)!r} here", "leave out the device"):
-        torch.zeros(1, device=name)
-    return torch.device(name)
+        return torch.zeros(1, device=name).device
 
 
 def keep_freed_memory() -> None:
@@ -2147,28 +2142,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)             # M_MMAP_MAX: no buffer gets a mapping of its own
         mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap's top is kept, too
-
-
-lesson_attend = Attention.attend
-
-
-def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula written out, where PyTorch's own kernel is slow: on a CPU in bfloat16, most of
-    all its gradient. Training takes a quarter less time. (With many keys the weights would not
-    fit.)"""
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or k.shape[2] > 512:
-        return lesson_attend(self, q, k, v)
-    scores = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)           # [B, heads, N, L]
-    if self.causal:
-        later = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(later, -math.inf)
-    return scores.softmax(dim=-1) @ v
-
-
-def go_faster() -> None:
-    """What costs nothing but changes more than one model: for `load` and for training."""
-    keep_freed_memory()
-    Attention.attend = attend
 
 
 def compile_networks(ldm: LatentDiffusion) -> None:
@@ -2199,26 +2172,25 @@ class FolderData:
     seed: int
 
     def __post_init__(self):
-        self.items = []
-        if not self.folder.is_dir():
-            raise InputError(f"no folder {self.folder} to train on; give one, or the word: shapes")
+        with input_errors(f"can't train on the folder {self.folder}",
+                          "it needs name.png, .jpg or .webp next to name.txt, or a metadata.jsonl "
+                          "whose lines have file_name and text"):
+            self.items = list(self.read())
+            if not self.items:
+                raise ValueError("no captioned pictures")
+        for path, _ in self.items:                # now, rather than one by one hours later
+            open_image(path)
+
+    def read(self) -> Iterator[tuple[Path, str]]:
+        """Every picture's path and its caption."""
         for path in sorted(self.folder.iterdir()):
             caption = path.with_suffix(".txt")
             if path.name == "metadata.jsonl":
-                with input_errors(f"{path} is damaged", "a line needs a file_name and a text"):
-                    for line in read_text(path).splitlines():
-                        entry = json.loads(line)
-                        text = entry["text"].encode().decode()    # no half letters
-                        self.items.append((path.parent / entry["file_name"], text.strip()))
+                for line in check_file(path).read_text("utf-8").splitlines():
+                    entry = json.loads(line)
+                    yield self.folder / entry["file_name"], clean(entry["text"])
             elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and caption.exists():
-                self.items.append((path, read_text(caption).strip()))
-        if not self.items:
-            raise InputError(f"no captioned pictures in {self.folder}: it needs name.png with "
-                             "name.txt, or a metadata.jsonl")
-        for path, caption in self.items:          # now, rather than one by one hours later
-            open_image(path)
-            if len(caption) > 10_000:             # the tokenizer would take all the memory
-                raise InputError(f"the caption of {path} has {len(caption)} letters; shorten it")
+                yield path, clean(check_file(caption).read_text("utf-8-sig"))
 
     def captions(self) -> list[str]:
         """All of them."""
@@ -2231,92 +2203,105 @@ class FolderData:
         return ImageOps.fit(open_image(path), size, Image.Resampling.LANCZOS), caption
 
 
+def clean(caption: str) -> str:
+    """What a tokenizer can take: no half letters, and not more than it will ever look at."""
+    caption.encode()
+    return caption.strip()[:10_000]
+
+
 RANK = int(os.environ.get("RANK", 0))             # this process's number, and how many there are
 WORLD = int(os.environ.get("WORLD_SIZE", 1))      # (torchrun sets both)
 
 
 class Objective(nn.Module):
-    """The loss of both stages as a module: DistributedDataParallel averages the gradients of what
-    its forward returns."""
+    """The loss of a step as a module: DistributedDataParallel averages the gradients of what the
+    forward of a module returns."""
 
-    def __init__(self, ldm: LatentDiffusion):
+    def __init__(self, ldm: LatentDiffusion, loss_of: Callable[[int], Tensor], dtype: torch.dtype):
         super().__init__()
         self.ldm = ldm
+        self.loss_of = loss_of
+        self.dtype = dtype
+        self.kernels = [SDPBackend.MATH]          # on a CPU the gradient of the other one is slow
+        if ldm.device.type != "cpu":
+            self.kernels.append(SDPBackend.FLASH_ATTENTION)
 
-    def forward(self, stage: str, images: Tensor, captions: list[str],
-                rng: torch.Generator) -> Tensor:
-        ldm = self.ldm
-        if stage == "vae":
-            sides = [side // ldm.config.vae_stride for side in images.shape[2:]]
-            noise = torch.randn(len(images), ldm.config.vae.latent_channels, *sides, generator=rng)
-            return vae_loss(ldm.vae, images, noise.to(images))
-        # (Here the images are latents.) Large timesteps come more often than small ones (density
-        # √t): where there is much noise the layout is decided, which takes longest to learn
-        t = torch.rand(len(images), generator=rng) ** (2 / 3) * ldm.config.schedule.num_timesteps
-        ids = ldm.tokenizer(captions).to(images.device)
-        return text_to_image_loss(ldm, images, ids, t=t.long(), generator=rng)
+    def forward(self, step: int) -> Tensor:
+        # In bfloat16 the products are rounded; weights, gradients and norms stay float32
+        half = torch.autocast(self.ldm.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with sdpa_kernel(self.kernels), half:
+            return self.loss_of(step)
 
 
-@dataclass
 class Trainer:
     """Both stages of a training, resumable. `train_model` below runs it."""
-    ldm: LatentDiffusion
-    data: ShapesData | FolderData
-    out: Path
-    run: list[str]                # what this is a training of
-    seed: int
-    dtype: torch.dtype
-    save_minutes: float
-    checkpoint: dict | None
 
-    def pictures(self, first: int, count: int) -> tuple[Tensor, list[str]]:
-        """Pictures [count, 3, H, W] and their captions."""
-        pictures, captions = zip(*[self.data.item(i) for i in range(first, first + count)])
-        return to_tensor(pictures).to(self.ldm.device), captions
+    def __init__(self, ldm: LatentDiffusion, data: ShapesData | FolderData, out: Path, seed: int,
+                 dtype: torch.dtype, save_minutes: float, checkpoint: dict):
+        self.ldm = ldm
+        self.data = data
+        self.out = out
+        self.seed = seed
+        self.dtype = dtype
+        self.save_minutes = save_minutes
+        self.checkpoint = checkpoint              # what run it is of, and where it goes on from
+        self.encoded = functools.lru_cache(maxsize=8)(self.encoded)
 
     def generator(self, step: int) -> torch.Generator:
         """The source of all that is random in a step of this process."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step * WORLD + RANK)
 
-    def part_of_batch(self, stage: str, size: int, number: int) -> tuple[Tensor, list[str]]:
-        """Part `number` of the stream of pictures, for stage 2 encoded, and its captions."""
-        images, captions = self.pictures((number * WORLD + RANK) * size, size)
-        if stage == "unet":
-            images = self.ldm.encode_image(images, generator=self.generator(2**40 + number))
-        return images, captions
+    def pictures(self, number: int, count: int) -> tuple[Tensor, list[str]]:
+        """Batch `number` of this process: pictures [count, 3, H, W] and their captions."""
+        first = (number * WORLD + RANK) * count
+        pictures, captions = zip(*[self.data.item(i) for i in range(first, first + count)])
+        return to_tensor(pictures).to(self.ldm.device), captions
 
-    def fit(self, stage: str, parts: tuple[str, ...], steps: int, batch: int) -> None:
-        """Trains the parameters whose names begin so, then puts their averages in their place."""
-        ldm, start = self.ldm, 0
-        for name, p in ldm.named_parameters():
-            p.requires_grad_(name.startswith(parts))
-        weights = {name: p for name, p in ldm.named_parameters() if p.requires_grad}
-        averages = {name: p.detach().clone() for name, p in weights.items()}
+    def encoded(self, number: int, count: int) -> tuple[Tensor, list[str]]:
+        """The same with latents in place of the pictures."""
+        images, captions = self.pictures(number, count)
+        return self.ldm.encode_image(images, self.generator(2**40 + number)), captions
+
+    def first_stage(self, batch: int, step: int) -> Tensor:
+        """The loss of a step of stage 1."""
+        images, _ = self.pictures(step, batch)
+        side = self.data.size // self.ldm.config.vae_stride
+        shape = (batch, self.ldm.config.vae.latent_channels, side, side)
+        noise = torch.randn(shape, generator=self.generator(step))
+        return vae_loss(self.ldm.vae, images, noise.to(images))
+
+    def second_stage(self, batch: int, step: int) -> Tensor:
+        """The loss of a step of stage 2. Encoding is costly, so every picture is used in eight
+        steps, with other noise: an eighth of each batch is new."""
+        ldm, rng = self.ldm, self.generator(step)
+        uses = math.gcd(8, batch)
+        parts = [self.encoded(number, batch // uses) for number in range(step, step + uses)]
+        latents, captions = zip(*parts)
+        # Large timesteps come more often than small ones (density √t): where there is much noise
+        # the layout is decided, which takes longest to learn
+        t = torch.rand(batch, generator=rng) ** (2 / 3) * ldm.config.schedule.num_timesteps
+        ids = ldm.tokenizer(sum(captions, ())).to(ldm.device)
+        return text_to_image_loss(ldm, torch.cat(latents), ids, t=t.long(), generator=rng)
+
+    def fit(self, stage: str, loss_of: Callable[[int], Tensor], steps: int) -> None:
+        """Trains what this stage trains, then puts the averages of the weights in their place."""
+        ldm, start = self.ldm.requires_grad_(False), 0
+        names = [name for name, _ in ldm.named_parameters()
+                 if name.startswith("vae.") == (stage == "vae")]
+        weights = {name: ldm.get_parameter(name).requires_grad_() for name in names}
+        averaged = copy.deepcopy(ldm).requires_grad_(False)
+        averages = [averaged.get_parameter(name) for name in names]
         optimizer = make_optimizer(weights)
-        if self.checkpoint and self.checkpoint["stage"] == stage:
+        if self.checkpoint.get("stage") == stage:
             with input_errors(f"the checkpoint of {self.out} is damaged", "remove it"):
-                start, averages = self.checkpoint["step"], self.checkpoint["averages"]
-                optimizer.load_state_dict(self.checkpoint["optimizer"])
-                ldm.load_state_dict(averages, strict=False)       # do they fit?
+                start = int(self.checkpoint["step"])
                 ldm.load_state_dict(self.checkpoint["model"])
-        objective = Objective(ldm)
+                averaged.load_state_dict(self.checkpoint["averaged"])
+                optimizer.load_state_dict(self.checkpoint["optimizer"])
+        objective = Objective(ldm, loss_of, self.dtype)
         if WORLD > 1:
             objective = nn.parallel.DistributedDataParallel(objective)
-
-        share = batch // WORLD
-        uses = math.gcd(8, share) if stage == "unet" else 1
-
-        # Encoding is costly, so stage 2 uses every picture in eight steps, with other noise
-        part = functools.lru_cache(maxsize=8)(partial(self.part_of_batch, stage, share // uses))
-
-        def loss_of(step):
-            images, captions = zip(*[part(number) for number in range(step, step + uses)])
-            # In bfloat16 the products are rounded; weights, gradients and norms stay float32
-            with torch.autocast(ldm.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return objective(stage, torch.cat(images), sum(captions, ()), self.generator(step))
-
-        walk = train(list(weights.values()), list(averages.values()), optimizer, loss_of, steps,
-                     start)
+        walk = train(list(weights.values()), averages, optimizer, objective, steps, start)
         bar = tqdm(walk, stage, steps, initial=start, unit="step", disable=RANK > 0)
         saved, losses = time.monotonic(), []
         for step, loss in bar:
@@ -2326,29 +2311,13 @@ class Trainer:
             bar.set_postfix(loss=np.mean(losses[-100:]), refresh=False)
             due = time.monotonic() - saved > 60 * self.save_minutes
             if RANK == 0 and (due or step == steps - 1):
-                self.save(stage, step + 1, averages, optimizer)
+                state = dict(averaged.header(), run=self.checkpoint["run"], stage=stage,
+                             step=step + 1, model=ldm.state_dict(),
+                             averaged=averaged.state_dict(), optimizer=optimizer.state_dict())
+                write_whole(f"{self.out}.checkpoint", partial(torch.save, state))
+                copy.deepcopy(averaged).half().save(self.out)
                 saved = time.monotonic()
-        ldm.load_state_dict(averages, strict=False)
-
-    def save(self, stage: str, step: int, averages: dict[str, Tensor],
-             optimizer: torch.optim.Optimizer) -> None:
-        """Writes what resuming needs, then the model with averaged weights."""
-        state = dict(stage=stage, step=step, averages=averages, optimizer=optimizer.state_dict(),
-                     run=self.run, model=self.ldm.state_dict(),
-                     config=json.dumps(asdict(self.ldm.config)),
-                     tokenizer=self.ldm.tokenizer.backend.to_str())
-        write_whole(f"{self.out}.checkpoint", partial(torch.save, state))
-        ldm = copy.deepcopy(self.ldm).requires_grad_(False)
-        ldm.load_state_dict(averages, strict=False)
-        ldm.half().save(self.out)
-
-    def measure_scale(self) -> None:
-        """Puts 1 / (standard deviation of the latents) in the config."""
-        ldm = self.ldm
-        ldm.config = replace(ldm.config, scale_factor=1.0)
-        images, _ = self.pictures(0, 256)
-        scale = 1 / ldm.encode_image(images).std().item()
-        ldm.config = replace(ldm.config, scale_factor=scale)
+        ldm.load_state_dict(averaged.state_dict())
 
 
 def make_optimizer(weights: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -2362,17 +2331,20 @@ def make_optimizer(weights: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
     return Muon([group for group in groups if group["params"]], betas=(0.9, 0.99), weight_decay=0)
 
 
-def read_checkpoint(path: Path, run: list[str]) -> dict | None:
-    """The checkpoint of a run; None where there is none. Raises InputError."""
+def read_checkpoint(out: Path, run: list[str], force: bool) -> dict:
+    """The checkpoint of a run; where there is none, only what run it is. Raises InputError, also
+    for a model that is finished, but with force."""
+    path = Path(f"{out}.checkpoint")
     if not path.exists():
-        return None
+        if out.exists() and not force:
+            raise InputError(f"{out} exists, and no checkpoint to continue from; choose another "
+                             "-o, or replace it with --force")
+        return {"run": run}
     with input_errors(f"the checkpoint {path} is damaged", "remove it to start anew"):
         if zipfile.ZipFile(check_file(path)).testzip():     # PyTorch does not look at checksums
             raise ValueError("a checksum is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True)
         check_header(found)
-        if found["stage"] not in ("vae", "unet") or type(found["step"]) is not int:
-            raise ValueError("it does not say where the training stood")
         if found["run"] != run:
             raise InputError(f"{path} is of another run ({found['run']}, not {run}: its --train, "
                              "--weights and --seed); choose another -o")
@@ -2395,13 +2367,6 @@ def join_processes() -> None:
         atexit.register(torch.distributed.destroy_process_group)
 
 
-def remove_leftovers(out: Path) -> None:
-    """Removes what `write_whole` had half written when a run was killed."""
-    for path in out.parent.iterdir():
-        if path.name.startswith(f".{out.name[:40]}.") and path.suffix == ".part":
-            path.unlink(missing_ok=True)
-
-
 def train_model(source: str, out: str | Path, *, weights: str | Path | None = None,
                 vae_steps: int = 8000, unet_steps: int = 20000, vae_batch: int = 16,
                 unet_batch: int = 128, seed: int = 0, device: str = "auto",
@@ -2413,38 +2378,38 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     continues from out + ".checkpoint". Raises InputError.
     """
     check_settings(locals())
-    check_output(out, (".safetensors",))
+    check_output(out, ".safetensors")
     out = Path(out)
-    checkpoint_path = out.with_name(f"{out.name}.checkpoint")
-    if out.exists() and not checkpoint_path.exists() and not force:
-        raise InputError(f"{out} exists, and no checkpoint to continue from; choose another -o, or "
-                         "replace it with --force")
     if vae_batch % WORLD or unet_batch % WORLD:
         raise InputError(f"choose batches that {WORLD} processes can share evenly")
-    run = [source, str(weights or ""), str(seed)]
-    checkpoint = read_checkpoint(checkpoint_path, run)
-    device = pick_device(device)
-    go_faster()
-    remove_leftovers(out)
+    checkpoint = read_checkpoint(out, [source, str(weights or ""), str(seed)], force)
+    for leftover in out.parent.glob(f".{glob.escape(out.name[:40])}.*.part"):
+        leftover.unlink(missing_ok=True)          # of a run that was killed while it wrote
     join_processes()
+    device = pick_device(device)
+    keep_freed_memory()
     torch.manual_seed(seed)
-    ldm = None if weights is None else LatentDiffusion.load(weights, device)
-    if checkpoint:
+    ldm = None
+    if "model" in checkpoint:
         ldm = LatentDiffusion.from_header(checkpoint)
+    elif weights is not None:
+        ldm = LatentDiffusion.load(weights, "cpu")
     config = ldm.config if ldm else config
     if config.unet.in_channels != config.vae.latent_channels:
         raise InputError(f"{weights} is an inpainting model, which can't be trained here")
     data = ShapesData(config.image_size, seed)
     if source != "shapes":
         data = FolderData(Path(source), config.image_size, seed)
-    ldm = (ldm or new_model(config, data.captions())).eval().to(device)
+    ldm = ldm or new_model(config, data.captions())
     ldm.config = replace(ldm.config, name=source)
-    ldm.to(memory_format=torch.channels_last)
-    trainer = Trainer(ldm, data, out, run, seed, dtype, save_minutes, checkpoint)
-    if weights is None and (checkpoint is None or checkpoint["stage"] == "vae"):
-        trainer.fit("vae", ("vae.",), vae_steps, vae_batch)
-        trainer.measure_scale()
-    trainer.fit("unet", ("unet.", "text_encoder."), unet_steps, unet_batch)
+    ldm.eval().to(device, memory_format=torch.channels_last)
+
+    trainer = Trainer(ldm, data, out, seed, dtype, save_minutes, checkpoint)
+    if weights is None and checkpoint.get("stage") != "unet":
+        trainer.fit("vae", partial(trainer.first_stage, vae_batch // WORLD), vae_steps)
+        mean, _ = ldm.vae.encode(trainer.pictures(0, 256)[0])
+        ldm.config = replace(ldm.config, scale_factor=1 / mean.std().item())
+    trainer.fit("unet", partial(trainer.second_stage, unet_batch // WORLD), unet_steps)
     if RANK == 0:
         ldm.half().save(out)
 
@@ -2500,44 +2465,38 @@ def parameters_text(args: argparse.Namespace, seed: int, picture: Image.Image, m
     text = " ".join(args.prompt.split())
     if args.negative_prompt:
         text += f"\nNegative prompt: {' '.join(args.negative_prompt.split())}"
-    pairs = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance_scale,
-             "Seed": seed, "Size": f"{picture.width}x{picture.height}", "Model": model}
-    return text + "\n" + ", ".join(f"{name}: {value}" for name, value in pairs.items())
+    return (f"{text}\nSteps: {args.steps}, Sampler: {args.sampler}, "
+            f"CFG scale: {args.guidance_scale}, Seed: {seed}, "
+            f"Size: {picture.width}x{picture.height}, Model: {model}")
 
 
 def picture_paths(args: argparse.Namespace) -> list[Path]:
-    """Where the pictures go: -o, or a name made of prompt and seed; several have the seed in it."""
-    words = re.sub(r"[^\w]+", "-", args.prompt.lower())[:57].strip("-")
+    """Where the pictures go: -o, or a name made of prompt and seed; several have the seed in it.
+    Raises InputError if one would replace another."""
+    words = re.sub(r"\W+", "-", args.prompt.lower())[:57].strip("-")
     path = Path(args.output or f"{words or 'picture'}.png")
-    if args.output and args.count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{args.seed + i}.png") for i in range(args.count)]
-
-
-def check_call(args: argparse.Namespace) -> list[Path]:
-    """Where the pictures go. Raises InputError for what would fail, or lose a picture, only after
-    all the work."""
-    check_settings(vars(args))
-    if not args.prompt.strip():
-        raise InputError("the prompt is empty; say what the picture should show, like "
-                         '"a red circle left of a blue square"')
-    with input_errors("the prompt is not UTF-8 text", "check the terminal's encoding"):
-        f"{args.prompt} {args.negative_prompt}".encode()
-    check_output(args.output or ".png", (".png",))
-    check_output(args.film or ".png", (".png", ".gif"))
-    paths = picture_paths(args)
-    taken = {os.path.abspath(path) for path in (args.image, args.mask) if path}
-    for path in [*paths, args.film]:
-        if path and os.path.abspath(path) in taken:
-            raise InputError(f"{path} is the name of another picture here; choose another name")
-        taken.add(os.path.abspath(path or ""))
+    paths = [path]
+    if args.count > 1 or not args.output:
+        paths = [path.with_name(f"{path.stem}-{args.seed + i}.png") for i in range(args.count)]
+    named = filter(None, (*paths, args.film, args.image, args.mask))
+    names = [os.path.abspath(name) for name in named]
+    if len(set(names)) < len(names):
+        raise InputError("-o, --film, --image and --mask must be different files")
     return paths
 
 
 def make_pictures(args: argparse.Namespace) -> None:
     """What the command does without --train: the pictures one by one, so that each is the same to
     the bit as when it is made alone."""
-    paths = check_call(args)
+    check_settings(vars(args))
+    if not args.prompt.strip():
+        raise InputError("the prompt is empty; say what the picture should show, like "
+                         '"a red circle left of a blue square"')
+    with input_errors("the prompt is not UTF-8 text", "check the terminal's encoding"):
+        f"{args.prompt} {args.negative_prompt}".encode()
+    paths = picture_paths(args)
+    check_output(paths[0], ".png")
+    check_output(args.film or paths[0], ".png", ".gif")
     image = open_image(args.image) if args.image is not None else None
     mask = open_image(args.mask) if args.mask is not None else None
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
@@ -2561,28 +2520,20 @@ def make_pictures(args: argparse.Namespace) -> None:
         print(path, flush=True)
         if args.film:                          # ten of the steps, from first to last
             shown = [guesses[round(i * (len(guesses) - 1) / 9)] for i in range(10)]
-            films += to_pil(ldm.decode_latents(torch.cat(shown)))
+            films.append(to_pil(ldm.decode_latents(torch.cat(shown))))
     if args.film:
         write_whole(args.film, partial(save_film, films, args.film.lower().endswith(".gif")))
         print(args.film)
 
 
-def grid(images: list[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size side by side, row by row."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (width * columns, height * math.ceil(len(images) / columns)), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
-
-
-def save_film(frames: list[Image.Image], moving: bool, file: str) -> None:
-    """Ten frames of each picture: a row of them, or all pictures next to each other, moving."""
+def save_film(films: list[list[Image.Image]], moving: bool, file: str) -> None:
+    """A row for each picture's film, or all next to each other, moving."""
     if moving:
-        sheets = [grid(frames[i::10], len(frames) // 10) for i in range(10)]
-        sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], duration=200, loop=0)
+        frames = [Image.fromarray(np.hstack(frames)) for frames in zip(*films)]
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0)
     else:
-        grid(frames, 10).save(file, "PNG")
+        rows = [np.hstack(film) for film in films]
+        Image.fromarray(np.vstack(rows)).save(file, "PNG")
 
 
 def say_what_is_lost(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
@@ -2624,20 +2575,21 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = r
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    except (InputError, OSError) as error:
-        say(shortened(str(error), 1000))
-        return 2
-    except (MemoryError, RuntimeError) as error:     # PyTorch has no type of its own for the CPU's
-        if not re.search("alloc|out of memory|^$", str(error)):
+    except Exception as error:
+        message = shortened(str(error), 1000)
+        if is_out_of_memory(error):
+            message = (f"not enough memory ({message}); close other programs, make a smaller "
+                       "picture, or use --dtype bfloat16")
+        elif not isinstance(error, (InputError, OSError)):
             raise
-        say(f"not enough memory ({shortened(str(error))}); close other programs, make a smaller "
-            "picture, or use --dtype bfloat16")
+        say(message)
         return 2
 
 
 def console(command: Callable[[list[str]], None] = run) -> None:
     """main as a program, also where stdout and stderr are closed or know few letters."""
     signal.signal(signal.SIGINT, signal.default_int_handler)      # also where it was ignored
+    sys.unraisablehook = lambda _: None           # a bar that is interrupted while it is made
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")

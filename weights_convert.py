@@ -34,7 +34,7 @@ from tqdm import tqdm
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
                       LatentDiffusion, TextConfig, check_file, check_header, check_output,
-                      check_weights, clip_backend, input_errors, read_text, say, write_whole)
+                      clip_backend, input_errors, read_header, say, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -340,15 +340,16 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
     """CLIP's vocabulary from any of the three forms. Raises InputError."""
     with input_errors(f"{source} is no CLIP vocabulary", WHAT_TO_PASS):
         if (source / "vocab.json").exists():
-            lines = read_text(source / "merges.txt").splitlines()
+            vocab = json.loads(check_file(source / "vocab.json").read_text("utf-8"))
+            lines = check_file(source / "merges.txt").read_text("utf-8").splitlines()
             if lines[0].startswith("#version"):
                 lines = lines[1:]
-            return clip_backend(json.loads(read_text(source / "vocab.json")), pairs(lines))
+            return clip_backend(vocab, pairs(lines))
         if source.is_dir():
             source = source / "tokenizer.json"
         if source.suffix == ".json":
             # Only its tables: the rules of a stranger's file could take forever
-            tables = json.loads(read_text(source))["model"]
+            tables = json.loads(check_file(source).read_text("utf-8"))["model"]
             return clip_backend(tables["vocab"], pairs(tables["merges"]))
         opener = gzip.open if source.suffix == ".gz" else open
         with opener(check_file(source), "rb") as file:
@@ -438,7 +439,7 @@ def as_scheduled(config: Config, folder: Path) -> Config:
              "trained_betas": [None], "rescale_betas_zero_snr": [False],
              "num_train_timesteps": [config.schedule.num_timesteps]}
     with input_errors(f"{file} is no schedule that tiny_ldm knows", "get another model"):
-        found = json.loads(read_text(file))
+        found = json.loads(check_file(file).read_text("utf-8"))
         for name, values in known.items():
             if found.get(name, values[0]) not in values:
                 raise ValueError(f"{name} is {found[name]!r}")
@@ -549,9 +550,7 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
 def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
     """A tiny_ldm weights file to a checkpoint in the official layout, without the schedule. Raises
     InputError."""
-    check_weights(source)
-    with safe_open(source, framework="pt") as file:
-        c = Config.from_dict(json.loads(file.metadata()["config"]))
+    c = Config.from_dict(json.loads(read_header(source)["config"]))
     like = like_sd1(c.unet.in_channels, c.unet.channels, c.vae.channels, c.text)
     others = [name for name in vars(c) if getattr(c, name) != getattr(like, name)
               and name not in ("name", "image_size")]
@@ -586,7 +585,7 @@ def run(argv: list[str]) -> None:
     if out.exists() and not (args.force and out.is_file()):     # a folder or device never is
         raise InputError(f"{out} exists already; choose another name with -o, or replace a file "
                          "with --force")
-    check_output(out, endings=("",))
+    check_output(out, "")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.to == "official":
         to_official(args.source, out, dtype)

@@ -50,13 +50,15 @@ def drop_no_captions():
 
 def freeze_text_encoder():
     """From now on only the U-Net is trained."""
+    import torch
     import tiny_ldm
-    as_it_is = tiny_ldm.Trainer.fit
+    as_it_is = tiny_ldm.make_optimizer
 
-    def fit(self, stage, parts, steps, batch):
-        as_it_is(self, stage, ("unet.",), steps, batch)
+    def make_optimizer(weights):
+        return as_it_is({name: p for name, p in weights.items() if name.startswith("unet.")})
 
-    tiny_ldm.Trainer.fit = fit
+    tiny_ldm.make_optimizer = make_optimizer
+    tiny_ldm.TextEncoder.forward = torch.no_grad()(tiny_ldm.TextEncoder.forward)
 
 
 def use_adamw():

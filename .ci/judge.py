@@ -374,6 +374,15 @@ def labelled(image: Image.Image, caption: str, wrong: str = "") -> Image.Image:
     return card
 
 
+def grid(images: list[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size side by side, row by row."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (width * columns, height * math.ceil(len(images) / columns)), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
 def table(ldm: LatentDiffusion, args: argparse.Namespace, settings: dict) -> None:
     """Prompt-following, a row per kind of caption, and how crisp the pictures are."""
     first, looks = [], []
@@ -391,7 +400,7 @@ def table(ldm: LatentDiffusion, args: argparse.Namespace, settings: dict) -> Non
     print(f"\nPictures with one colour: its mean error {inside:.1f} of 255 inside the things, "
           f"{outside:.1f} in the background; edges {edge:.1f} pixels wide at 128")
     if args.grid:
-        tiny_ldm.grid([labelled(*row) for row in first], 6).save(args.grid)
+        grid([labelled(*row) for row in first], 6).save(args.grid)
 
 
 CALLS = (5, 10, 20, 50)
@@ -457,7 +466,7 @@ def draw_ways(ldm: LatentDiffusion, file: str) -> None:
     prompt = "a blue star left of a red circle"
     made, = ldm.generate(prompt, image=image, mask=mask, strength=1, seed=3, progress=False)
     cards.append(labelled(made, f"{prompt}, left half repainted"))
-    tiny_ldm.grid(cards, 6).save(file)
+    grid(cards, 6).save(file)
 
 
 def main(argv: list[str] | None = None) -> int:
