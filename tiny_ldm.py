@@ -47,7 +47,7 @@ Part I, the lesson: all you need to understand, rebuild and train the system, in
     7. Samplers          more ways to walk from noise to a picture
     8. LatentDiffusion   everything together: load, encode, denoise, generate
     9. Training          two losses, one loop
-Part II, the workshop: what makes a tool of it. Nothing in it is about diffusion
+Part II, the workshop: what makes a tool of it, and the built-in model's own recipe
    10. Shapes            the little world that the built-in model knows
    11. Files             what comes from outside: weights, pictures, settings
    12. Faster            memory and speed
@@ -55,8 +55,8 @@ Part II, the workshop: what makes a tool of it. Nothing in it is about diffusion
    14. Command line
 
 Lines that begin with "# %%" start a cell: VS Code, PyCharm and JupyterLab (with jupytext) step
-through the file cell by cell, and each section ends with a cell that shows something. The notebooks
-next to this file play with one section each.
+through the file cell by cell, and each section of Part I ends with a cell that shows something. The
+notebooks next to this file play with the sections.
 """
 from __future__ import annotations
 
@@ -230,9 +230,10 @@ def make_alphas_cumprod(config: ScheduleConfig) -> Tensor:
     """ᾱₜ for t = 0 ... T−1: [T], float64, always on the CPU.
 
     Careful, it is √β that grows linearly, not β (diffusers: "scaled_linear"; the original calls it
-    just "linear"), or all levels in between would be noisier (CompVis, which here always means the
-    original code, github.com/CompVis/stable-diffusion at 21f890f; this line is
-    ldm/modules/diffusionmodules/util.py:22, and files without a folder are all in ldm/).
+    just "linear"), or all levels in between would be noisier (CompVis util.py:22).
+
+    CompVis is the original code, github.com/CompVis/stable-diffusion at 21f890f. Its util.py is
+    always the one in ldm/modules/diffusionmodules; the other files are somewhere in ldm/.
     """
     roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps,
                            dtype=torch.float64, device="cpu")
@@ -641,21 +642,22 @@ if STEPPING:
 #
 # The tokenizer cuts the prompt into pieces and numbers them. Byte pair encoding (Sennrich et al.
 # 2016, arXiv:1508.07909) learns the pieces: begin with single letters, then again and again merge
-# the pair that stands next to each other most often. Of "low low lower" it makes
+# the two pieces that most often stand side by side. Of "low low lower" it makes
 #
 #     l o w</w>  l o w</w>  l o w e r</w>       </w> marks the end of a word
 #     lo w</w>   lo w</w>   lo w e r</w>        l + o: three times
 #     low</w>    low</w>    lo w e r</w>        lo + w</w>: twice
 #
 # so frequent words end up as one piece, rare ones as several. The single letters are in truth
-# bytes. CLIP has all 256, inside a word and at its end; a tokenizer trained here has the 256 and
-# those word ends that its captions contain, and makes EOS of any other.
+# bytes. CLIP has all 256 twice, inside a word and at its end. A tokenizer trained here has the 256
+# and, at the end of a word, only those that end one in its captions; any other end becomes EOS.
 #
 # The text encoder turns each number into a vector that knows the words before it. Stable Diffusion
 # takes the text half of CLIP (Radford et al. 2021, arXiv:2103.00020), which was trained on 400
 # million pictures with captions to give a picture and its caption similar vectors: so its vectors
 # already say what things look like. It stays frozen while the U-Net learns to read them. The
-# built-in model has a world of 60 words, and trains its small text encoder together with the U-Net.
+# built-in model has a world of some fifty words, and trains its small text encoder together with
+# the U-Net.
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -696,7 +698,8 @@ class Tokenizer:
         backend = clip_backend({}, [])
         backend.train_from_iterator(captions, trainer)
         merges = json.loads(backend.to_str())["model"]["merges"]
-        # The library numbers letters at random; sorted, the same captions give the same tokenizer
+        # The library numbers letters at random; sorted, the same pieces get the same numbers. (Of
+        # two pairs that are equally frequent it still merges either first)
         pieces = sorted(backend.get_vocab())
         vocab = {piece: number for number, piece in enumerate(pieces)}
         return Tokenizer(clip_backend(vocab, merges), max_length)
@@ -715,7 +718,8 @@ def clip_backend(vocab: dict[str, int], merges: list[list[str]]) -> tokenizers.T
                   r"|[\p{L}]+"                    # or a run of letters, of any alphabet
                   r"|[\p{N}]"                     # or one digit
                   r"|[^\s\p{L}\p{N}]+")           # or a run of punctuation
-    # Bytes, not letters, are merged, so that every alphabet works. Each byte is written as a letter
+    # Split keeps what matches and removes the rest. Then bytes, not letters, are merged, so that
+    # every alphabet works; each byte is written as a letter
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, "removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -799,7 +803,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
     Why waves? They are like the hands of a clock: the fast ones tell neighbours apart, the slow
     ones say roughly when it is, and nearby times look alike. Frequencies go from 1 to nearly
-    1/10000. Careful, all cosines, then all sines (CompVis util.py:161); DDPM's code has the sines
+    1/10000. Careful, all cosines, then all sines (CompVis util.py:166); DDPM's code has the sines
     first, and the transformer paper alternates them.
     """
     half = dim // 2
@@ -1059,7 +1063,8 @@ def leading(steps: int, sigmas: np.ndarray) -> Levels:
     """t = 981, 961 ... 21, 1 for S = 50: DDPM, DDIM and PLMS (diffusers "leading", offset 1).
 
     Careful, the last step goes to ᾱ₀ = 0.99915, not to 1 (CompVis util.py:66). With S = 1000 the
-    first one would begin at t = 1000, which does not exist: it begins at 999 and leads to 999.
+    first one would begin at t = 1000, which does not exist: it goes from 999 to 999, and changes
+    nothing.
     """
     stride = len(sigmas) // steps
     timesteps = np.arange(steps)[::-1] * stride + 1
@@ -1147,8 +1152,8 @@ def plms(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step],
 
 def euler(x: Tensor, eps: Tensor, a: float, a_next: float, **_) -> Tensor:
     """Euler's method for the probability-flow equation dx̃/dσ = ε (Karras et al. 2022, algorithm 1
-    without its correction): since x̃ = x₀ + σ ε, as σ shrinks x̃ moves along ε. The step is DDIM's
-    in other words; the levels differ."""
+    without its correction): since x̃ = x₀ + σ ε, as σ shrinks x̃ moves back along ε. The step is
+    DDIM's in other words; the levels differ."""
     x_scaled = x / a**0.5                                         # x̃
     x_scaled = x_scaled + (sigma_of(a_next) - sigma_of(a)) * eps  # x̃′ = x̃ + (σ′ − σ) ε
     return a_next**0.5 * x_scaled
@@ -1167,9 +1172,9 @@ def euler_a(x: Tensor, eps: Tensor, a: float, a_next: float, *, noise: Callable,
 
 
 def dpmpp_2m(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step], **_) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): between two levels Euler's
-    equation, dx̃/dσ = ε, could be solved exactly if the guess of x₀ did not change on the way. The
-    change is extrapolated from this guess and the last one, so that 20 steps are enough. Time is
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): DDIM's step solves the
+    equation of `euler`, dx̃/dσ = ε, exactly if the guess of x₀ does not change on the way. So its
+    change is extrapolated from this guess and the last one, and 20 steps are enough. Time is
     λ = −log σ, of which a step covers h.
     """
     x0 = x0_from_eps(x, eps, a)
@@ -1180,15 +1185,16 @@ def dpmpp_2m(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step
         last = past[-1]
         h_last = math.log(sigma_of(last.alpha_bar) / sigma_of(a))
         x0 = x0 + (x0 - last.x0) * (h / (2 * h_last))             # to the middle of the step
-    # x′ = √(1−ᾱ′)/√(1−ᾱ) x − √ᾱ′ (e⁻ʰ − 1) x₀
+    # DDIM's step, written with x and x₀: x′ = √(1−ᾱ′)/√(1−ᾱ) x − √ᾱ′ (e⁻ʰ − 1) x₀
     kept = ((1 - a_next) / (1 - a)) ** 0.5
     return kept * x - a_next**0.5 * math.expm1(-h) * x0
 
 
 def langevin(x: Tensor, eps: Tensor, a: float, a_next: float, *, noise: Callable, **_) -> Tensor:
-    """Annealed Langevin dynamics (Song & Ermon 2019, arXiv:1907.05600, algorithm 1), the ancestor
-    on the side of the score: climb along the score towards likelier pictures, shaken by fresh
-    noise, while the noise level falls slowly enough for x to keep up. It takes many more steps.
+    """Annealed Langevin dynamics (Song & Ermon 2019, arXiv:1907.05600, algorithm 1), the
+    first sampler that followed a learned score: climb along it towards likelier pictures, shaken by
+    fresh noise, while the noise level falls slowly enough for x to keep up. It takes many more
+    steps.
 
     The paper has ten levels with a hundred such moves each; here every level gets one. How far a
     move goes, δ, is a fixed share of the level's variance, as there (notebook 1 has the theory:
@@ -1509,7 +1515,10 @@ if STEPPING:
 # freeze it; (2) set scale_factor to 1 / (standard deviation of its latents); (3) train the U-Net
 # and the text encoder on the encoded pictures with `text_to_image_loss`, and again put in the
 # averages. Both with `train` and an optimizer: full learning rates are 0.02 for Muon's matrices and
-# 0.001 for the rest (section 13 does all this for the built-in model).
+# 0.001 for the rest, with betas of (0.9, 0.99) and no weight decay. The built-in model (section 13)
+# had batches of 16 and 128; its x₀ are random points of the clouds; and its timesteps are T · u^⅔
+# for a uniform u, so that large t come more often: there the layout is decided, which takes longest
+# to learn.
 
 def vae_loss(vae: VAE, image: Tensor, noise: Tensor, kl_weight: float = 1e-4) -> Tensor:
     """Stage 1: |x̂ − x| + (x̂ − x)² of the reconstruction x̂, and a little KL: a scalar.
@@ -1624,7 +1633,7 @@ class Muon(torch.optim.AdamW):
                 # The running mean of the gradient, and a look ahead along it (Nesterov)
                 state["momentum"].lerp_(p.grad, 0.05)
                 g = p.grad.lerp(state["momentum"], 0.95).flatten(1)
-                # A tall matrix needs more to move its outputs as much
+                # U Vᵀ of a tall matrix spreads a step over more outputs: the root makes up for it
                 lr = group["lr"] * max(1, g.shape[0] / g.shape[1]) ** 0.5
                 p.sub_(lr * orthogonalized(g).reshape(p.shape))
                 p.grad = None                 # AdamW leaves alone what has no gradient
@@ -1632,9 +1641,9 @@ class Muon(torch.optim.AdamW):
 
 
 # What loss to expect? Stage 1 of the built-in model ended at 0.003. Stage 2 (v) begins at 1, since
-# v has variance 1 and the new network answers 0. It is at 0.7 after 120 steps of 128 pictures and
-# at 0.23 after 36,000: it falls fast and soon hardly at all, while pictures get better for hours,
-# since most of it is noise that nobody can guess. Judge the pictures, not the loss.
+# v has variance 1 and the new network answers 0. With these timesteps it is at 0.7 after 120 steps
+# and at 0.23 after 36,000: it falls fast at first and then hardly at all, while pictures get better
+# for hours, since most of it is noise that nobody can guess. Judge the pictures, not the loss.
 
 # %% Look: the loss falls, on pictures of one colour each
 if STEPPING:
@@ -2277,8 +2286,6 @@ class Trainer:
         uses = math.gcd(8, batch)
         parts = [self.encoded(number, batch // uses) for number in range(step, step + uses)]
         latents, captions = zip(*parts)
-        # Large timesteps come more often than small ones (density √t): where there is much noise
-        # the layout is decided, which takes longest to learn
         t = torch.rand(batch, generator=rng) ** (2 / 3) * ldm.config.schedule.num_timesteps
         ids = ldm.tokenizer(sum(captions, ())).to(ldm.device)
         return text_to_image_loss(ldm, torch.cat(latents), ids, t=t.long(), generator=rng)
