@@ -1240,7 +1240,8 @@ if STEPPING:
 # such a picture of which a part has to stay (inpainting). Notebook 5 uses them all.
 
 # (Cells that run in Jupyter have no file: then the weights are looked for where Jupyter runs)
-BUILT_IN = Path(globals().get("__file__", ".")).parent / "weights" / "shapes.safetensors"
+HERE = Path(globals().get("__file__", "tiny_ldm.py")).resolve().parent
+BUILT_IN = HERE / "weights/shapes.safetensors"
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
@@ -1655,8 +1656,8 @@ if STEPPING:
         image = torch.rand(8, 3, 1, 1).expand(8, 3, 64, 64)
         return vae_loss(vae, image, torch.randn(8, 4, 8, 8))
 
-    for _, loss in train(weights, averages, torch.optim.AdamW(weights), loss_of, steps=20):
-        print(loss)
+    for step_and_loss in train(weights, averages, torch.optim.AdamW(weights), loss_of, steps=20):
+        print(step_and_loss)
 
 
 # %% Part II: the workshop
@@ -1972,58 +1973,92 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """A picture file as RGB. Raises InputError. Not all formats that Pillow knows: for some it runs
-    other programs."""
+def open_image(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """A picture file as `convert` makes it. Raises InputError. Not all formats that Pillow knows:
+    for some it runs other programs."""
     formats = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26             # a long text in a picture is no fault of it
     with input_errors(f"{path} can't be read as a picture", "replace or remove it"):
-        return to_rgb(Image.open(check_file(path), formats=formats))
+        return convert(Image.open(check_file(path), formats=formats))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any kind as RGB: turned as its EXIF orientation says, 16 bits brought to 8, and
+    """A picture of any kind as RGB: turned as its EXIF orientation says, brought to 8 bits, and
     white where it is transparent."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):        # 16 bits: Pillow would make all above 255 white
-        pixels = (np.asarray(image) / 257).clip(0, 255)
-        image = Image.fromarray(pixels.astype(np.uint8))
+    image = upright(image)
+    if image.mode[0] in "IF":                 # numbers, of which Pillow would cut all above 255
+        values = np.nan_to_num(np.asarray(image, float))
+        tops = (1, 255, 65535)                # what may be white; the least that is large enough
+        if ";" in image.mode:
+            tops = (65535,)                   # 16 bits
+        white = next((top for top in tops if values.max() <= top), values.max())
+        image = Image.fromarray((values * 255 / white).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def fit_pictures(config: Config, image: Image.Image | Tensor | None = None,
-                 mask: Image.Image | Tensor | None = None, width: int | None = None,
+def to_mask(image: Image.Image) -> Image.Image:
+    """Its brightness; or where something is drawn, if the rest is transparent."""
+    if image.has_transparency_data:
+        alpha = upright(image).convert("RGBA").getchannel("A")
+        if min(alpha.getextrema()) < 255:
+            return alpha
+    return to_rgb(image).convert("L")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says, if it can be read."""
+    image.load()
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None = None,
+                 mask: str | Path | Image.Image | Tensor | None = None, width: int | None = None,
                  height: int | None = None, **others) -> dict:
     """The settings of `denoise`, with an image -> [B, 3, H, W] in [−1, 1], and its mask (white:
     repaint) -> bool [1, 1, H, W].
 
-    Pictures are resized and cropped to width x height, or else to the multiples of the config's
-    stride nearest to their own size. Tensors stay as they are. Raises InputError for other sizes,
-    and for a mask that is missing or alone.
+    Pictures are resized and cropped to width x height, or else to the model's own area in their own
+    proportions. Tensors stay as they are. Raises InputError for sizes that are no multiples of the
+    config's stride, and for a mask that is missing or alone.
     """
     stride = config.stride
     if mask is not None and image is None:
         raise InputError("a mask needs an image that it belongs to")
     if mask is None and config.unet.in_channels > config.vae.latent_channels:
         raise InputError("this model repaints: give it an image and a mask")
+    if isinstance(image, (str, Path)):
+        image = open_image(image, to_rgb)
+    if isinstance(mask, (str, Path)):
+        mask = open_image(mask, to_mask)
     if isinstance(image, Tensor):
         height, width = image.shape[2:]
     size = (width, height)
     if isinstance(image, Image.Image):
         image = to_rgb(image)
         size = image.size
-        nearest = [min(8192, max(1, round(side / stride)) * stride) for side in size]
-        width, height = width or nearest[0], height or nearest[1]
+        ratio = (size[0] / size[1]) ** 0.5
+        own = [round(side / stride) * stride
+               for side in (config.image_size * ratio, config.image_size / ratio)]
+        width, height = width or max(stride, own[0]), height or max(stride, own[1])
+        if size != (width, height):
+            say(f"the picture of {size[0]} x {size[1]} is used at {width} x {height}")
+        if int(others.get("strength", 0.75) * (others.get("steps") or config.steps)) < 1:
+            say("the strength is less than one step: the picture stays as it is")
     for name, side in (("width", width), ("height", height)):
         if side is not None and (side % stride or not 0 < side <= 8192):
             below = max(stride, side // stride * stride)
             raise InputError(f"{name} {side} is not a multiple of {stride} up to 8192; the "
                              f"nearest: {below} or {below + stride}")
     if isinstance(mask, Image.Image):
-        mask = to_rgb(mask).convert("L").resize(size)
-        mask = to_tensor([ImageOps.fit(mask, (width, height))])[:, :1] > 0
+        mask = ImageOps.fit(to_mask(mask).resize(size), (width, height))
+        mask = to_tensor([mask])[:, :1] > 0
+        if not mask.any():
+            say("the mask repaints nothing: no pixel of it is brighter than half of white")
     if isinstance(image, Image.Image):
         image = to_tensor([ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)])
     return dict(others, image=image, mask=mask, width=width, height=height)
@@ -2032,7 +2067,9 @@ def fit_pictures(config: Config, image: Image.Image | Tensor | None = None,
 def check_header(header: dict[str, str]) -> None:
     """Raises some error for a config or a tokenizer that no model can have."""
     c = Config.from_dict(json.loads(header["config"]))
-    vocab = json.loads(header["tokenizer"])["model"]["vocab"]
+    tokenizer = json.loads(header["tokenizer"])
+    vocab = tokenizer["model"]["vocab"]
+    added = len(tokenizer["added_tokens"]) - 2        # besides BOS and EOS
     c.name.encode()                       # no half letters
     for part in (c, c.text, c.vae, c.unet, c.schedule):
         for it in fields(part):
@@ -2047,7 +2084,7 @@ def check_header(header: dict[str, str]) -> None:
             and 0 < c.schedule.beta_start <= c.schedule.beta_end < 1
             and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000
             and c.prediction in ("eps", "v") and c.sampler in SAMPLERS
-            and {BOS, EOS} <= vocab.keys() and max(vocab.values()) < c.text.vocab_size)
+            and {BOS, EOS} <= vocab.keys() and max(vocab.values()) + added < c.text.vocab_size)
     if not good:
         raise ValueError("its config or tokenizer can't be, or they do not fit each other")
 
@@ -2072,17 +2109,30 @@ def read_header(path: str | Path) -> dict[str, str]:
 # The methods of the lesson, behind the door. What they do and take is as said there, but pictures
 # may be of any kind and size, and what can't be used raises InputError.
 
+lesson_from_header = LatentDiffusion.from_header
 lesson_load = LatentDiffusion.load
 lesson_save = LatentDiffusion.save
 lesson_decode = LatentDiffusion.decode_latents
 
 
+@functools.wraps(lesson_from_header)
+def from_header(header: dict[str, str]) -> LatentDiffusion:
+    ldm = lesson_from_header(header)
+    for token in json.loads(header["tokenizer"])["added_tokens"]:
+        if token["content"] not in (BOS, EOS):        # a word that textual inversion added
+            ldm.tokenizer.backend.add_tokens([token["content"]])
+    return ldm
+
+
 @functools.wraps(lesson_load)
 def load(path: str | Path | None = None, device: str | torch.device = "auto",
          dtype: torch.dtype | None = None) -> LatentDiffusion:
-    path = BUILT_IN if path is None else path
+    path = Path(BUILT_IN if path is None else path)
+    if path == BUILT_IN and not path.exists():
+        raise InputError(f"the built-in model is not at {path}; get the folder weights/ of the "
+                         "repository, or name another model")
+    torch.zeros(0, dtype=dtype)              # a wrong dtype is no fault of the file
     device = pick_device(device)
-    keep_freed_memory()
     read_header(path)
     with input_errors(f"{path} is damaged", "get it again, or make it anew"):
         ldm = lesson_load(path, device, dtype)
@@ -2111,6 +2161,8 @@ def behind_the_door(lesson_method: Callable) -> Callable:
     """denoise or generate, with pictures of any kind, and everything checked."""
     @functools.wraps(lesson_method)
     def method(self, prompt, negative_prompt=None, **settings):
+        settings = {name: value.item() if isinstance(value, np.generic) else value
+                    for name, value in settings.items()}
         check_settings(settings)
         prompts, negatives = [1 if given is None or isinstance(given, str) else len(given)
                               for given in (prompt, negative_prompt)]
@@ -2122,6 +2174,7 @@ def behind_the_door(lesson_method: Callable) -> Callable:
     return method
 
 
+LatentDiffusion.from_header = staticmethod(from_header)
 LatentDiffusion.load = staticmethod(load)
 LatentDiffusion.save = save
 LatentDiffusion.decode_latents = decode_latents
@@ -2134,8 +2187,8 @@ LatentDiffusion.generate = behind_the_door(LatentDiffusion.generate)
 # What pays: keeping freed memory, the order in memory (see `load`), compiling. The rest is PyTorch.
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """"auto", "cpu", "cuda" or "mps" -> a device that is there, set to exact float32. Raises
-    InputError."""
+    """"auto", "cpu", "cuda" or "mps" -> a device that is there, made ready. Raises InputError."""
+    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False      # or GPUs round float32 convolutions to 10 bits
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -2188,7 +2241,7 @@ class FolderData:
             if not self.items:
                 raise ValueError("no captioned pictures")
         for path, _ in self.items:                # now, rather than one by one hours later
-            open_image(path)
+            open_image(path, to_rgb)
 
     def read(self) -> Iterator[tuple[Path, str]]:
         """Every picture's path and its caption."""
@@ -2208,8 +2261,8 @@ class FolderData:
     def item(self, i: int) -> tuple[Image.Image, str]:
         """Picture and caption number i."""
         path, caption = random.Random(f"{self.seed}/{i}").choice(self.items)
-        size = (self.size, self.size)
-        return ImageOps.fit(open_image(path), size, Image.Resampling.LANCZOS), caption
+        picture = open_image(path, to_rgb)
+        return ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS), caption
 
 
 def clean(caption: str) -> str:
@@ -2218,8 +2271,9 @@ def clean(caption: str) -> str:
     return caption.strip()[:10_000]
 
 
-RANK = int(os.environ.get("RANK", 0))             # this process's number, and how many there are
-WORLD = int(os.environ.get("WORLD_SIZE", 1))      # (torchrun sets both)
+RANK, WORLD = 0, 1                                # this process's number, and how many there are
+if "TORCHELASTIC_RUN_ID" in os.environ:           # else others than torchrun have set these two
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class Objective(nn.Module):
@@ -2300,7 +2354,7 @@ class Trainer:
         averages = [averaged.get_parameter(name) for name in names]
         optimizer = make_optimizer(weights)
         if self.checkpoint.get("stage") == stage:
-            with input_errors(f"the checkpoint of {self.out} is damaged", "remove it"):
+            with input_errors(f"the checkpoint of {self.out} is damaged", "choose another -o"):
                 start = int(self.checkpoint["step"])
                 ldm.load_state_dict(self.checkpoint["model"])
                 averaged.load_state_dict(self.checkpoint["averaged"])
@@ -2347,7 +2401,7 @@ def read_checkpoint(out: Path, run: list[str], force: bool) -> dict:
             raise InputError(f"{out} exists, and no checkpoint to continue from; choose another "
                              "-o, or replace it with --force")
         return {"run": run}
-    with input_errors(f"the checkpoint {path} is damaged", "remove it to start anew"):
+    with input_errors(f"the checkpoint {path} is damaged", "choose another -o"):
         if zipfile.ZipFile(check_file(path)).testzip():     # PyTorch does not look at checksums
             raise ValueError("a checksum is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -2384,17 +2438,18 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     With `weights`, continues from that model, whose VAE stays as it is. An interrupted run
     continues from out + ".checkpoint". Raises InputError.
     """
+    out = Path(out)
     check_settings(locals())
     check_output(out, ".safetensors")
-    out = Path(out)
     if vae_batch % WORLD or unet_batch % WORLD:
         raise InputError(f"choose batches that {WORLD} processes can share evenly")
-    checkpoint = read_checkpoint(out, [source, str(weights or ""), str(seed)], force)
+    folder = None if source == "shapes" else source
+    run = [str(path and os.path.realpath(path)) for path in (folder, weights)]
+    checkpoint = read_checkpoint(out, [*run, str(seed)], force)
     for leftover in out.parent.glob(f".{glob.escape(out.name[:40])}.*.part"):
         leftover.unlink(missing_ok=True)          # of a run that was killed while it wrote
     join_processes()
     device = pick_device(device)
-    keep_freed_memory()
     torch.manual_seed(seed)
     ldm = None
     if "model" in checkpoint:
@@ -2405,8 +2460,8 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     if config.unet.in_channels != config.vae.latent_channels:
         raise InputError(f"{weights} is an inpainting model, which can't be trained here")
     data = ShapesData(config.image_size, seed)
-    if source != "shapes":
-        data = FolderData(Path(source), config.image_size, seed)
+    if folder:
+        data = FolderData(Path(folder), config.image_size, seed)
     ldm = ldm or new_model(config, data.captions())
     ldm.config = replace(ldm.config, name=source)
     ldm.eval().to(device, memory_format=torch.channels_last)
@@ -2485,11 +2540,19 @@ def picture_paths(args: argparse.Namespace) -> list[Path]:
     paths = [path]
     if args.count > 1 or not args.output:
         paths = [path.with_name(f"{path.stem}-{args.seed + i}.png") for i in range(args.count)]
+    if not args.output:
+        paths = [free_name(path) for path in paths]
     named = filter(None, (*paths, args.film, args.image, args.mask))
     names = [os.path.abspath(name) for name in named]
     if len(set(names)) < len(names):
         raise InputError("-o, --film, --image and --mask must be different files")
     return paths
+
+
+def free_name(path: Path) -> Path:
+    """The first of x.png, x_2.png, x_3.png ... that does not exist."""
+    numbered = (path.with_name(f"{path.stem}_{i}.png") for i in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def make_pictures(args: argparse.Namespace) -> None:
@@ -2504,14 +2567,13 @@ def make_pictures(args: argparse.Namespace) -> None:
     paths = picture_paths(args)
     check_output(paths[0], ".png")
     check_output(args.film or paths[0], ".png", ".gif")
-    image = open_image(args.image) if args.image is not None else None
-    mask = open_image(args.mask) if args.mask is not None else None
     ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
     for name in ("steps", "sampler", "guidance_scale"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(ldm.config, name))
-    names = ("steps", "sampler", "guidance_scale", "eta", "width", "height", "strength")
-    settings = {name: getattr(args, name) for name in names}
+    names = ("steps", "sampler", "guidance_scale", "eta", "strength", "image", "mask", "width",
+             "height")
+    settings = fit_pictures(ldm.config, **{name: getattr(args, name) for name in names})
     say_what_is_lost(ldm.tokenizer, args)
     if args.compile:
         compile_networks(ldm)
@@ -2519,7 +2581,7 @@ def make_pictures(args: argparse.Namespace) -> None:
     for seed, path in enumerate(paths, args.seed):
         guesses = []
         picture, = ldm.generate(
-            args.prompt, args.negative_prompt, seed=seed, image=image, mask=mask, **settings,
+            args.prompt, args.negative_prompt, seed=seed, **settings,
             on_step=lambda step: guesses.append(step.x0))
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", parameters_text(args, seed, picture, ldm.config.name))
@@ -2545,9 +2607,9 @@ def save_film(films: list[list[Image.Image]], moving: bool, file: str) -> None:
 
 def say_what_is_lost(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """A prompt can be too long, and most words the built-in model has never met."""
-    rest = tokenizer.backend.encode(args.prompt).ids[tokenizer.max_length - 2 :]
+    rest = tokenizer.backend.encode(args.prompt).tokens[tokenizer.max_length - 2 :]
     if rest:
-        say(f"the prompt is too long; cut off: {shortened(tokenizer.backend.decode(rest))}")
+        say(f"the prompt is too long; cut off: {shortened(''.join(rest).replace('</w>', ' '))}")
     known = tokenizer.backend.get_vocab()
     unknown = [word for word in re.findall(r"[^\W\d_]+", args.prompt.lower())
                if f"{word}</w>" not in known]

@@ -10,6 +10,7 @@ All hold the same numbers under other names, and a few renames lead from ours to
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import gzip
@@ -17,13 +18,16 @@ import hashlib
 import json
 import mmap
 import os
+import pickle
 import re
 import shutil
+import struct
 import sys
 import zipfile
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import tokenizers
 import torch
@@ -33,8 +37,9 @@ from tqdm import tqdm
 
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
-                      LatentDiffusion, TextConfig, check_file, check_header, check_output,
-                      clip_backend, input_errors, read_header, say, write_whole)
+                      LatentDiffusion, ScheduleConfig, TextConfig, check_file, check_header,
+                      check_output, clip_backend, input_errors, make_alphas_cumprod, read_header,
+                      say, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -190,15 +195,18 @@ KNOWN = {   # by sha256; of the first three the size is known only roughly
     "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19": "sd-v1-5-inpainting.ckpt"}
 KNOWN_SIZES = [(4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000)]
 
-# Classes that training frameworks leave in checkpoints. They are made inert; any other is refused
-INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
-# What is not converted: the schedule, which tiny_ldm computes; counters; and CLIP's last layer,
-# which compares texts with pictures
-IGNORED = re.compile(
-    r"betas|\w*alphas_cumprod\w*|posterior_\w+|model_ema\.(decay|num_updates)|.*\.position_ids"
-    r"|cond_stage_model\..*(logit_scale|text_projection(\.weight)?)")
-# What can be the name of a hub repository
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.safetensors)")
+# The three networks, by either layout's names. What else a file holds is not theirs and is ignored:
+# tables of the schedule, counters, losses, a safety checker, what trainings leave behind
+NETWORKS = re.compile(rf"{re.escape(UNET)}\.|{VAE}\.(encoder|decoder|quant_conv|post_quant_conv)\."
+                      rf"|{re.escape(TEXT)}\.|unet\.|vae\.|text_encoder\.")
+# In them these are not used: the numbers 0 to 76, and CLIP's last layer, which compares texts with
+# pictures
+UNUSED = re.compile(r".*\.(position_ids|logit_scale|text_projection(\.weight)?)")
+# What official files have besides: the schedule, which is compared with ours, and the second U-Net
+TABLES = re.compile(r"betas|\w*alphas_cumprod\w*|posterior_\w+|model_ema\..*")
+# An address or the name of a hub repository, and perhaps of a file in it
+HUB_ID = re.compile(r"(https?://(www\.)?(huggingface\.co|hf\.co)/)?(?P<repository>[\w.-]+/[\w.-]+)"
+                    r"(/(tree|blob|resolve)/(?P<revision>[^/?]+)/?(?P<file>[^?]*))?(\?.*)?")
 
 
 def recognised(path: Path) -> str | None:
@@ -215,42 +223,116 @@ def recognised(path: Path) -> str | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file. Raises InputError."""
+    """The tensors of one file, whatever its name ends in. Raises InputError."""
     if zipfile.is_zipfile(check_file(path)):
-        return read_pickle(path)
+        with input_errors(f"{path} is damaged", "get it again"):
+            return read_pickle(path)
     with input_errors(f"{path} is neither a whole .safetensors nor a whole .ckpt (a zip, as torch "
                       "writes it since 1.6)", "get it again"):
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors says of itself besides its tensors; of any other file nothing."""
+    if zipfile.is_zipfile(path):
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 class Inert:
     """Stands in for any class: takes whatever a pickle gives it and does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
 
     def __init__(self, *args, **kwargs):
         pass
 
-    __setstate__ = __init__
+    __setstate__ = __setitem__ = append = extend = add = __init__
+
+
+# All of them are harmless then, but whoever asks for one of these means harm
+HARMFUL = re.compile(r"(os|posix|nt|sys|subprocess|shutil|socket|importlib|runpy|pty|ctypes|code"
+                     r"|webbrowser)\..*|(builtins|__builtin__)\.(eval|exec|execfile|compile|open"
+                     r"|getattr|setattr|__import__|apply|input|breakpoint)")
+STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
+            "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+            "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+            "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+class Reader(pickle.Unpickler):
+    """Reads the pickle in a zip that torch wrote. A pickle is a program, which calls what it names;
+    here it can name tensors and dicts, and gets an Inert for all else."""
+
+    def __init__(self, path: Path):
+        archive = zipfile.ZipFile(path)
+        if any(entry.compress_type for entry in archive.infolist()):
+            raise ValueError("it is compressed")          # torch never does; a zip bomb is
+        self.entries = {entry.filename: entry for entry in archive.infolist()}
+        name = next(name for name in self.entries if name.endswith("data.pkl"))
+        self.folder = name.removesuffix("data.pkl")
+        with open(path, "rb") as file:
+            self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.path = path
+        super().__init__(archive.open(name))
+
+    def find_class(self, module: str, name: str) -> object:
+        full_name = f"{module}.{name}"
+        if HARMFUL.fullmatch(full_name):
+            raise InputError(f"{self.path} asks for {full_name}, which no checkpoint needs; "
+                             "refused, and nothing in it has run; get it from a source you trust")
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        return MADE.get(full_name, Inert)
+
+    def persistent_load(self, pid: tuple) -> Tensor:
+        _, dtype, key, _, count = pid                     # "storage", dtype, name, device, length
+        if not count:
+            return torch.zeros(0, dtype=dtype)
+        entry = self.entries[f"{self.folder}data/{key}"]
+        # A zip has a header before each entry, too: 30 bytes, the name, and padding
+        lengths = self.mapped[entry.header_offset + 26 : entry.header_offset + 30]
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))
+        if count * dtype.itemsize > entry.file_size:
+            raise ValueError(f"{entry.filename} is too short")
+        return torch.frombuffer(self.mapped, dtype=dtype, count=count, offset=start)
+
+
+def a_tensor(storage: Tensor, offset: int, shape: tuple, stride: tuple, *_) -> Tensor:
+    return storage.as_strided(shape, stride, offset)
+
+
+def a_parameter(data: Tensor, *_) -> Tensor:
+    return data
+
+
+def with_attributes(make: Callable, _, args: tuple, __) -> object:
+    return make(*args)
+
+
+# What the pickle of a checkpoint needs
+MADE = {"collections.OrderedDict": OrderedDict, "torch._utils._rebuild_tensor": a_tensor,
+        "torch._utils._rebuild_tensor_v2": a_tensor, "torch._utils._rebuild_parameter": a_parameter,
+        "torch._tensor._rebuild_from_type_v2": with_attributes}
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A .ckpt or .bin: a zip with a pickle in it. A pickle is a program; torch's reader runs only
-    the few instructions that make tensors and plain values, and refuses names it does not know."""
-    with input_errors(f"{path} is damaged", "get it again"):
-        with zipfile.ZipFile(path) as archive:        # torch never compresses; a zip bomb does
-            if any(entry.compress_type for entry in archive.infolist()):
-                raise ValueError("it is compressed")
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        refused = [name for name in names if not name.startswith(INERT)]
-        if refused:
-            raise InputError(f"{path} asks for {', '.join(refused[:3])}, which no checkpoint "
-                             "needs; refused, and nothing in it has run; get it from a source you "
-                             "trust")
-        with torch.serialization.safe_globals([(Inert, name) for name in names]):
-            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        found = found.get("state_dict", found)
-        # detach: a pickle may hang anything on a tensor, also in place of its methods
-        return {str(name): Tensor.detach(t) for name, t in found.items() if isinstance(t, Tensor)}
+    """A .ckpt or .bin: a zip with a pickle in it. Raises InputError or ValueError."""
+    found = Reader(path).load()
+    if not isinstance(found, dict):
+        raise ValueError("it holds no table of tensors")
+    if "string_to_param" in found:
+        raise InputError(f"{path} is a textual inversion, which adds a word to a checkpoint and is "
+                         "none")
+    places = [key for key in ("state_dict", "model", "module", "ema")
+              if isinstance(found.get(key), dict)]
+    if places:
+        found = found[places[0]]
+    # detach: a pickle may hang anything on a tensor, also in place of its methods
+    return {str(name): Tensor.detach(t) for name, t in found.items() if isinstance(t, Tensor)}
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
@@ -261,26 +343,44 @@ def read_official(path: Path) -> dict[str, Tensor]:
                  (".attn_1.to_out.0.", ".attn_1.proj_out."), (".attn_1.to_", ".attn_1.")]
     tensors = {}
     for theirs, t in read_tensors(path).items():
-        name = renamed(theirs, spellings)
-        if name in tensors:
-            raise InputError(f"{path} holds {name} twice, by two names; get it again")
+        name = theirs.removeprefix("module.")
+        if "vision_model" not in name:
+            name = renamed(name, spellings)
+        if name in tensors and not torch.equal(tensors[name].flatten(), t.flatten()):
+            raise InputError(f"{path} holds {name} twice, by two names, with other values; get it "
+                             "again")
         tensors[name] = t
-    return take_average(tensors)
+    return tensors
 
 
-def take_average(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file may hold two U-Nets: as trained, and the average of its weights (EMA), which is the
-    released model. Puts the second in the place of the first."""
+def choose_unet(tensors: dict[str, Tensor], ema: bool | None, known: str | None) -> None:
+    """A file may hold two U-Nets: as trained, and the average of its weights (EMA). In the files on
+    record the average is the released model; in others it is often that of the model before. Puts
+    the one to take in the place of the first. Raises InputError."""
     averages = {}
     for _, official, *_ in name_map(SD1).values():
         if official.startswith(UNET):     # model.diffusion_model.out.2.bias has its average in
             ending = official.removeprefix("model.").replace(".", "")
             averages[official] = f"model_ema.{ending}"        # model_ema.diffusion_modelout2bias
-    if tensors.keys() >= set(averages.values()):
-        say("the file holds two U-Nets; taking the averaged one (EMA), which is the released model")
-        for official, average in averages.items():
-            tensors[official] = tensors.pop(average)
-    return tensors
+    there = [name for name in averages.values() if name in tensors]
+    plain = any(name in tensors for name in averages)
+    if not there:
+        if ema:
+            raise InputError("the file holds no averaged U-Net; leave out --ema")
+        return
+    whole = len(there) == len(averages)
+    if not whole and (ema or not plain):
+        raise InputError(f"the averaged U-Net is not whole ({len(there)} of {len(averages)} "
+                         "tensors); leave out --ema, or get the file again")
+    wanted = known is not None if ema is None else ema
+    if whole and (wanted or not plain):
+        say("taking the averaged U-Net (EMA)" + (", not the plain one (--no-ema)" if plain else ""))
+        tensors.update({official: tensors[average] for official, average in averages.items()})
+    elif whole:
+        say("the file holds two U-Nets; taking the plain one, not the averaged one (--ema)")
+    else:
+        say(f"the averaged U-Net is not whole ({len(there)} of {len(averages)} tensors); taking "
+            "the plain one")
 
 
 def part_files(part: str) -> list[str]:
@@ -288,8 +388,11 @@ def part_files(part: str) -> list[str]:
     stem, old_stem = f"{part}/diffusion_pytorch_model", f"{part}/diffusion_pytorch_model"
     if part == "text_encoder":
         stem, old_stem = f"{part}/model", f"{part}/pytorch_model"
-    return [f"{stem}.safetensors", f"{old_stem}.bin",
-            f"{stem}.fp16.safetensors", f"{old_stem}.fp16.bin"]
+    names = []
+    for variant in ("", ".fp32", ".bf16", ".fp16", ".non_ema"):
+        names += [f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json",
+                  f"{old_stem}{variant}.bin", f"{old_stem}.bin.index{variant}.json"]
+    return names
 
 
 def best_files(source: str | Path, there: list[str]) -> dict[str, str]:
@@ -298,10 +401,12 @@ def best_files(source: str | Path, there: list[str]) -> dict[str, str]:
     for part in ("unet", "vae", "text_encoder"):
         found = [name for name in part_files(part) if name in there]
         if not found:
-            files = ", ".join(name for name in there if "." in name)
+            files = ", ".join(name for name in sorted(there) if "." in name)
             raise InputError(f"{source} lacks {part_files(part)[0]}, so it is no diffusers folder; "
                              f"pass a folder, or one file (there: {files[:200] or 'nothing'})")
         best[part] = found[0]
+        if found[0] != part_files(part)[0]:
+            say(f"of {part} taking {found[0]}")
     return best
 
 
@@ -310,23 +415,55 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     # The VAE's attention had other names before diffusers 0.15
     former = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
               (".proj_attn.", ".to_out.0.")]
-    there = [file.relative_to(folder).as_posix() for file in folder.glob("*/*")]
+    there = [file.relative_to(folder).as_posix() for file in folder.glob("*")]
+    there += [file.relative_to(folder).as_posix() for file in folder.glob("*/*")]
     tensors = {}
     for part, file in best_files(folder, there).items():
-        for name, t in read_tensors(folder / file).items():
-            name = renamed(name.removeprefix("text_model."), former)
-            tensors[f"{part}.{name}"] = t
+        names = {Path(file).name}
+        if file.endswith(".json"):                # a table of contents: which tensor is where
+            with input_errors(f"{folder / file} is damaged", "get it again"):
+                text = check_file(folder / file).read_text("utf-8")
+                names = {Path(name).name for name in json.loads(text)["weight_map"].values()}
+        for shard in sorted(names):
+            for name, t in read_tensors(folder / part / shard).items():
+                name = renamed(name.removeprefix("text_model."), former)
+                tensors[f"{part}.{name}"] = t
     return tensors
 
 
-def download(repository: str) -> Path:
-    """A hub repository as a diffusers folder, in huggingface_hub's cache."""
-    from huggingface_hub import HfApi, snapshot_download
+def snapshot_in(folder: Path) -> Path:
+    """A folder of the hub's cache (models--owner--name) -> the folder in it that its main branch
+    stands at, or the latest; any other -> itself."""
+    snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
+    if not snapshots:
+        return folder
+    main = folder / "refs" / "main"
+    if main.is_file() and (folder / "snapshots" / main.read_text().strip()).is_dir():
+        return folder / "snapshots" / main.read_text().strip()
+    return max(snapshots, key=lambda path: path.stat().st_mtime)
+
+
+def download(address: re.Match) -> Path:
+    """A hub repository as a diffusers folder, or a file of one, in huggingface_hub's cache; without
+    a network what is there already. Raises InputError."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    repository, revision, file = address.group("repository", "revision", "file")
     with input_errors(f"{repository} can't be had from the hub",
                       "check name and network, or pass a file"):
-        best = best_files(repository, HfApi().list_repo_files(repository))
-        wanted = [*best.values(), "tokenizer/*", "scheduler/*"]
-        return Path(snapshot_download(repository, allow_patterns=wanted))
+        if file:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        try:
+            there = HfApi().list_repo_files(repository, revision=revision)
+        except Exception as error:                # no network, no such repository, ...
+            with contextlib.suppress(Exception):
+                return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+            raise error
+        best = best_files(repository, there)
+        wanted = [name for name in best.values() if not name.endswith(".json")]
+        wanted += [f"{Path(name).parent}/*{Path(name).suffixes[0]}" for name in best.values()
+                   if name.endswith(".json")]
+        wanted += ["*.json", "tokenizer/*"]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
 
 
 # %% 3. The tokenizer
@@ -340,22 +477,38 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
     """CLIP's vocabulary from any of the three forms. Raises InputError."""
     with input_errors(f"{source} is no CLIP vocabulary", WHAT_TO_PASS):
         if (source / "vocab.json").exists():
+            added = {}
+            if (source / "added_tokens.json").exists():
+                added = json.loads(check_file(source / "added_tokens.json").read_text("utf-8"))
             vocab = json.loads(check_file(source / "vocab.json").read_text("utf-8"))
             lines = check_file(source / "merges.txt").read_text("utf-8").splitlines()
             if lines[0].startswith("#version"):
                 lines = lines[1:]
-            return clip_backend(vocab, pairs(lines))
+            return with_added(clip_backend(vocab, pairs(lines)), added)
         if source.is_dir():
             source = source / "tokenizer.json"
         if source.suffix == ".json":
             # Only its tables: the rules of a stranger's file could take forever
-            tables = json.loads(check_file(source).read_text("utf-8"))["model"]
-            return clip_backend(tables["vocab"], pairs(tables["merges"]))
+            found = json.loads(check_file(source).read_text("utf-8"))
+            tables = found["model"]
+            added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+            return with_added(clip_backend(tables["vocab"], pairs(tables["merges"])), added)
         opener = gzip.open if source.suffix == ".gz" else open
         with opener(check_file(source), "rb") as file:
             text = file.read(2**24).decode()      # the true one has 3 MB
         merges = pairs(text.split("\n")[1 : 48894 + 1])
         return clip_backend(openai_vocab(merges), merges)
+
+
+def with_added(backend: tokenizers.Tokenizer, added: dict[str, int]) -> tokenizers.Tokenizer:
+    """With words that were added to the vocabulary, as textual inversion does. Raises ValueError if
+    their numbers do not follow the others'."""
+    for word, number in sorted(added.items(), key=lambda item: item[1]):
+        if word not in (BOS, EOS):
+            backend.add_tokens([word])
+        if backend.token_to_id(word) != number:
+            raise ValueError(f"the added token {word} can't have the number {number}")
+    return backend
 
 
 def pairs(merges: list[str | list[str]]) -> list[list[str]]:
@@ -391,7 +544,10 @@ def find_tokenizer(given: str | None, path: Path) -> tokenizers.Tokenizer:
 
 def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
     """Names what is not Stable Diffusion 1.x. Raises InputError."""
+    if f"{TEXT}.embeddings.token_embedding.weight" in tensors:
+        return
     marks = {"a LoRA, which changes a checkpoint and is none": r"lora_|\.lora\.",
+             "a textual inversion, which adds a word to a checkpoint and is none": r"^emb_params$",
              "Stable Diffusion XL": r"^conditioner\.|^unet\.add_embedding\.",
              "Stable Diffusion 2.x": r"^cond_stage_model\.model\."}
     kinds = [kind for kind, mark in marks.items() if any(re.search(mark, n) for n in tensors)]
@@ -428,24 +584,92 @@ def like_sd1(in_channels: int, unet_channels: int, vae_channels: int, text: Text
                    unet=replace(base.unet, channels=unet_channels))
 
 
-def as_scheduled(config: Config, folder: Path) -> Config:
-    """The config with what a diffusers folder says about the U-Net's training, which its tensors do
-    not show: the schedule of the noise, and whether it predicts ε or v. Raises InputError."""
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.exists():
-        return config
-    predictions = {"epsilon": "eps", "v_prediction": "v"}
-    known = {"prediction_type": list(predictions), "beta_schedule": ["scaled_linear"],
-             "trained_betas": [None], "rescale_betas_zero_snr": [False],
-             "num_train_timesteps": [config.schedule.num_timesteps]}
-    with input_errors(f"{file} is no schedule that tiny_ldm knows", "get another model"):
-        found = json.loads(check_file(file).read_text("utf-8"))
-        for name, values in known.items():
-            if found.get(name, values[0]) not in values:
-                raise ValueError(f"{name} is {found[name]!r}")
-        prediction = predictions[found.get("prediction_type", "epsilon")]
-        betas = {key: float(found[key]) for key in ("beta_start", "beta_end") if key in found}
-    return replace(config, prediction=prediction, schedule=replace(config.schedule, **betas))
+# What a diffusers folder's settings may say. The first value is meant where they say nothing
+SETTINGS = {
+    "scheduler/scheduler_config.json": {
+        "prediction_type": ["epsilon", "v_prediction"], "beta_schedule": ["scaled_linear"],
+        "trained_betas": [None], "rescale_betas_zero_snr": [False], "num_train_timesteps": [1000]},
+    "unet/config.json": {
+        "attention_head_dim": [8, [8, 8, 8, 8]], "num_attention_heads": [None, 8, [8, 8, 8, 8]],
+        "act_fn": ["silu"], "class_embed_type": [None], "addition_embed_type": [None],
+        "time_cond_proj_dim": [None], "resnet_time_scale_shift": ["default"],
+        "flip_sin_to_cos": [True], "freq_shift": [0], "norm_num_groups": [32],
+        "upcast_attention": [None, False, True], "transformer_layers_per_block": [1, [1, 1, 1, 1]]},
+    "vae/config.json": {
+        "act_fn": ["silu"], "norm_num_groups": [32], "shift_factor": [None, 0.0],
+        "use_quant_conv": [True], "use_post_quant_conv": [True], "latents_mean": [None],
+        "latents_std": [None]},
+    "text_encoder/config.json": {
+        "hidden_act": ["quick_gelu"], "layer_norm_eps": [1e-5], "num_attention_heads": [12]}}
+
+
+def as_set(config: Config, folder: Path) -> Config:
+    """The config with what a diffusers folder says that its tensors do not show: the schedule of
+    the noise, whether the U-Net predicts ε or v, the scale of the latents. Raises InputError for
+    what SD 1.x can't be."""
+    said = {}
+    for name, known in SETTINGS.items():
+        file = folder / name
+        if not file.exists():
+            continue
+        with input_errors(f"{file} says what tiny_ldm can't do", "get another model"):
+            found = json.loads(check_file(file).read_text("utf-8"))
+            if name.startswith("text_encoder"):
+                known = {**known, "num_attention_heads": [config.text.num_heads]}
+            for key, values in known.items():
+                if found.get(key, values[0]) not in values:
+                    raise ValueError(f"{key} is {found[key]!r}")
+            said.update({key: float(found[key]) for key in ("beta_start", "beta_end",
+                                                            "scaling_factor") if key in found})
+            if found.get("prediction_type") == "v_prediction":
+                config = replace(config, prediction="v")
+    scale = said.pop("scaling_factor", config.scale_factor)
+    return replace(config, scale_factor=scale, schedule=replace(config.schedule, **said))
+
+
+def prediction_of(path: Path, tensors: dict[str, Tensor]) -> tuple[str, str]:
+    """Whether the U-Net of a lone file predicts "eps" or "v", and what says so: not its weights."""
+    yaml = path.with_suffix(".yaml")
+    if yaml.is_file():
+        found = re.search(r"""parameterization["']?:\s*["']?(eps|v)\b""", yaml.read_text("utf-8"))
+        return (found[1] if found else "eps"), f"{yaml} says so"
+    metadata = read_metadata(path)
+    kind = metadata.get("modelspec.prediction_type", "")
+    if kind in ("v", "v_prediction", "epsilon", "eps"):
+        return ("v" if kind[0] == "v" else "eps"), "its metadata say so"
+    if metadata.get("modelspec.architecture", "").endswith("-v"):
+        return "v", "its metadata say so"
+    if "v_pred" in tensors:
+        return "v", "it holds a tensor v_pred"
+    return "eps", "nothing says otherwise; --prediction v would"
+
+
+def schedule_of(tensors: dict[str, Tensor], schedule: ScheduleConfig) -> ScheduleConfig:
+    """The schedule of the noise whose tables a lone file holds; without tables the one given.
+    Raises ValueError for one that is not made as Stable Diffusion's is."""
+    if "ztsnr" in tensors:
+        raise ValueError("its schedule has a zero terminal signal-to-noise ratio: ztsnr")
+    found, betas = tensors.get("alphas_cumprod"), tensors.get("betas")
+    if betas is None and found is None:
+        return schedule
+    if betas is None:
+        found = found.double()
+        betas = 1 - found / torch.cat([found.new_ones(1), found[:-1]])
+    betas = betas.double()
+    if found is None:
+        found = torch.cumprod(1 - betas, dim=0)
+    if found.shape != betas.shape or len(found) != schedule.num_timesteps:
+        raise ValueError(f"its schedule has {len(found)} timesteps")
+    if found[-1] < 1e-6:
+        raise ValueError("its schedule has a zero terminal signal-to-noise ratio")
+    start, end = betas[0].item(), betas[-1].item()
+    other = replace(schedule, beta_start=float(f"{start:.3g}"), beta_end=float(f"{end:.3g}"))
+    for known in (schedule, other):
+        if (make_alphas_cumprod(known) - found).abs().max() < 1e-3:      # in 16 bits, too
+            return known
+    linear = torch.linspace(start, end, len(found), dtype=torch.float64)
+    kind = "linear betas" if (linear - betas).abs().max() < 1e-4 else "betas of another kind"
+    raise ValueError(f"its schedule has {kind}, from {start:.5f} to {end:.5f}")
 
 
 def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], source: str
@@ -458,10 +682,24 @@ def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]
         if t.dtype not in CODES or t.shape not in (shape, (*shape, 1, 1)):
             raise InputError(f"{source}: {name} is {t.dtype} {list(t.shape)} and should be "
                              f"{list(shape)} in 16 to 64 bits; get it again")
-    unknown = sorted(name for name in tensors.keys() - wanted.keys() if not IGNORED.fullmatch(name))
+    others = [name for name in tensors if name not in wanted and not TABLES.fullmatch(name)]
+    unknown = [name for name in others if NETWORKS.match(name) and not UNUSED.fullmatch(name)]
     if unknown:
-        raise InputError(f"{source} holds {len(unknown)} tensors that such a model has not: "
-                         f"{', '.join(unknown[:3])}")
+        raise InputError(f"{source} holds {len(unknown)} tensors in its networks that such a model "
+                         f"has not: {', '.join(sorted(unknown)[:3])}")
+    ignored = [name for name in others if not UNUSED.fullmatch(name)]
+    if ignored:
+        say(f"ignored {len(ignored)} tensors that are of no network: "
+            f"{', '.join(sorted(ignored)[:3])}")
+    zeros = [name for name, shape in wanted.items() if len(shape) > 1 and is_zero(tensors[name])]
+    if len(zeros) > len(wanted) / 20:
+        raise InputError(f"{source}: {len(zeros)} of {len(wanted)} tensors hold nothing but zeros, "
+                         f"as where a download broke off (the first: {zeros[0]}); get it again")
+
+
+def is_zero(t: Tensor) -> bool:
+    """Are all of its numbers 0? Most often the first few tell."""
+    return not t.flatten()[:64].any() and not t.any()
 
 
 # %% 5. Writing
@@ -517,32 +755,58 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
     write_whole(path, write)
 
 
-def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | None) -> None:
+def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | None,
+            prediction: str | None, ema: bool | None) -> None:
     """Official or diffusers' weights to a tiny_ldm weights file. Raises InputError."""
     path = Path(source)
-    if not path.exists() and HUB_ID.fullmatch(source):
-        path = download(source)
+    address = HUB_ID.fullmatch(source)
+    if not path.exists() and address and not source.endswith((".ckpt", ".safetensors")):
+        path = download(address)
+    if path.is_dir():
+        path = snapshot_in(path)
     official = not path.is_dir()
-    tensors = read_official(path) if official else read_folder(path)
+    known = None
+    if official:
+        tensors = read_official(path)
+        known = recognised(path)
+        choose_unet(tensors, ema, known)
+    else:
+        tensors = read_folder(path)
     refuse_others(tensors, source)
     with input_errors(f"{source} is no Stable Diffusion 1.x", "README.md names files that are"):
         config = config_of(tensors, official)
         entries = name_map(config)
     names = {ours: e.official if official else e.diffusers for ours, e in entries.items()}
     check_tensors(tensors, {names[ours]: e.shape for ours, e in entries.items()}, source)
-    config = config if official else as_scheduled(config, path)
+    why = "nothing says otherwise; --prediction v would"
+    if official:
+        with input_errors(f"{source} can't be used", "get another model"):
+            config = replace(config, schedule=schedule_of(tensors, config.schedule))
+            kind, why = prediction_of(path, tensors)
+            config = replace(config, prediction=kind)
+            why = "as is known" if known else why
+    else:
+        config = as_set(config, path)
+        if (path / "scheduler" / "scheduler_config.json").exists():
+            why = "its scheduler/ says so"
+    if prediction:
+        config, why = replace(config, prediction=prediction), "--prediction says so"
     backend = find_tokenizer(tokenizer, path)
-    tokens = max(backend.get_vocab().values(), default=-1) + 1
-    if tokens != config.text.vocab_size:
-        raise InputError(f"the vocabulary has {tokens} tokens and {source} has "
-                         f"{config.text.vocab_size}; {WHAT_TO_PASS}")
+    tokens, rows = backend.get_vocab_size(), config.text.vocab_size
+    if not 0.95 * rows <= tokens <= rows:         # some trainers pad the embedding
+        raise InputError(f"the vocabulary has {tokens} tokens and {source} has {rows}; "
+                         f"{WHAT_TO_PASS}")
     metadata = {"format": "tiny_ldm", "config": json.dumps(asdict(config)),
                 "tokenizer": backend.to_str()}
     with input_errors(f"{source} can't be used", "get it again"):
         check_header(metadata)
-    known = recognised(path) if official else None
     where = "in a file that is not on record" if official else "in a diffusers folder"
-    say(f"{source} is {known or f'{config.name}, {where}'}")
+    what = known or f"{config.name}, {where}"
+    say(f"{source} is {what}; it predicts {config.prediction} ({why})")
+    for part, part_of_sd1 in ((config.schedule, SD1.schedule), (config, SD1)):
+        for name in ("beta_start", "beta_end", "scale_factor"):
+            if getattr(part, name, None) != getattr(part_of_sd1, name, None):
+                say(f"its {name} is {getattr(part, name)}")
     rows = {ours: (tensors[names[ours]], e.shape) for ours, e in entries.items()}
     write_safetensors(out, rows, dtype, metadata)
 
@@ -553,7 +817,7 @@ def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
     c = Config.from_dict(json.loads(read_header(source)["config"]))
     like = like_sd1(c.unet.in_channels, c.unet.channels, c.vae.channels, c.text)
     others = [name for name in vars(c) if getattr(c, name) != getattr(like, name)
-              and name not in ("name", "image_size")]
+              and name not in ("name", "image_size", "prediction")]
     if others:
         raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x (other: "
                          f"{', '.join(others)}), and the official layout has no place to say so; "
@@ -561,7 +825,8 @@ def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
     tensors, entries = read_tensors(Path(source)), name_map(c)
     check_tensors(tensors, {ours: e.shape for ours, e in entries.items()}, source)
     rows = {e.official: (tensors[ours], e.official_shape) for ours, e in entries.items()}
-    write_safetensors(out, rows, dtype, {"format": "pt"})
+    kind = {"eps": "epsilon", "v": "v"}[c.prediction]
+    write_safetensors(out, rows, dtype, {"format": "pt", "modelspec.prediction_type": kind})
 
 
 # %% 6. Command line
@@ -576,6 +841,9 @@ def run(argv: list[str]) -> None:
     add("-o", "--output", metavar="FILE", type=Path, help="default: named after SOURCE")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as in SOURCE")
     add("--tokenizer", metavar="FILE_OR_FOLDER", help="CLIP's vocabulary, for a lone checkpoint")
+    add("--prediction", choices=("eps", "v"), help="what the U-Net predicts")
+    add("--ema", action=argparse.BooleanOptionalAction,
+        help="of two U-Nets take the averaged one, or not (default: in official files yes)")
     add("--to", choices=("tiny_ldm", "official"), default="tiny_ldm")
     add("--force", action="store_true", help="replace an output that exists")
     args = parser.parse_args(argv)
@@ -590,7 +858,7 @@ def run(argv: list[str]) -> None:
     if args.to == "official":
         to_official(args.source, out, dtype)
     else:
-        convert(args.source, out, dtype, args.tokenizer)
+        convert(args.source, out, dtype, args.tokenizer, args.prediction, args.ema)
     print(out)
 
 
