@@ -755,17 +755,44 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
     write_whole(path, write)
 
 
+def as_trained(config: Config, path: Path, tensors: dict[str, Tensor], official: bool,
+               known: str | None, prediction: str | None) -> Config:
+    """The config with what source and user say of the training, and a line that says what was
+    taken. Raises InputError."""
+    why = "nothing says otherwise; --prediction v would"
+    if official:
+        with input_errors(f"{path} can't be used", "get another model"):
+            schedule = schedule_of(tensors, config.schedule)
+            kind, why = prediction_of(path, tensors)
+        config = replace(config, schedule=schedule, prediction=kind)
+    else:
+        config = as_set(config, path)
+        if (path / "scheduler" / "scheduler_config.json").exists():
+            why = "its scheduler/ says so"
+    if known:
+        why = "as is known"
+    if prediction:
+        config, why = replace(config, prediction=prediction), "--prediction says so"
+    where = "in a file that is not on record" if official else "in a diffusers folder"
+    what = known or f"{config.name}, {where}"
+    say(f"{path} is {what}; it predicts {config.prediction} ({why})")
+    taken = {**asdict(config.schedule), "scale_factor": config.scale_factor}
+    usual = {**asdict(SD1.schedule), "scale_factor": SD1.scale_factor}
+    for name in taken:
+        if taken[name] != usual[name]:
+            say(f"its {name} is {taken[name]}")
+    return config
+
+
 def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | None,
             prediction: str | None, ema: bool | None) -> None:
     """Official or diffusers' weights to a tiny_ldm weights file. Raises InputError."""
-    path = Path(source)
-    address = HUB_ID.fullmatch(source)
+    path, address, known = Path(source), HUB_ID.fullmatch(source), None
     if not path.exists() and address and not source.endswith((".ckpt", ".safetensors")):
         path = download(address)
     if path.is_dir():
         path = snapshot_in(path)
     official = not path.is_dir()
-    known = None
     if official:
         tensors = read_official(path)
         known = recognised(path)
@@ -778,19 +805,7 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
         entries = name_map(config)
     names = {ours: e.official if official else e.diffusers for ours, e in entries.items()}
     check_tensors(tensors, {names[ours]: e.shape for ours, e in entries.items()}, source)
-    why = "nothing says otherwise; --prediction v would"
-    if official:
-        with input_errors(f"{source} can't be used", "get another model"):
-            config = replace(config, schedule=schedule_of(tensors, config.schedule))
-            kind, why = prediction_of(path, tensors)
-            config = replace(config, prediction=kind)
-            why = "as is known" if known else why
-    else:
-        config = as_set(config, path)
-        if (path / "scheduler" / "scheduler_config.json").exists():
-            why = "its scheduler/ says so"
-    if prediction:
-        config, why = replace(config, prediction=prediction), "--prediction says so"
+    config = as_trained(config, path, tensors, official, known, prediction)
     backend = find_tokenizer(tokenizer, path)
     tokens, rows = backend.get_vocab_size(), config.text.vocab_size
     if not 0.95 * rows <= tokens <= rows:         # some trainers pad the embedding
@@ -800,13 +815,6 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
                 "tokenizer": backend.to_str()}
     with input_errors(f"{source} can't be used", "get it again"):
         check_header(metadata)
-    where = "in a file that is not on record" if official else "in a diffusers folder"
-    what = known or f"{config.name}, {where}"
-    say(f"{source} is {what}; it predicts {config.prediction} ({why})")
-    for part, part_of_sd1 in ((config.schedule, SD1.schedule), (config, SD1)):
-        for name in ("beta_start", "beta_end", "scale_factor"):
-            if getattr(part, name, None) != getattr(part_of_sd1, name, None):
-                say(f"its {name} is {getattr(part, name)}")
     rows = {ours: (tensors[names[ours]], e.shape) for ours, e in entries.items()}
     write_safetensors(out, rows, dtype, metadata)
 
