@@ -96,6 +96,11 @@ class TextConfig:
     width: int = 768              # D: also the width of the context that the U-Net reads
     num_layers: int = 12
     num_heads: int = 12           # so each head is 64 wide
+    activation: str = "quick_gelu"        # or "gelu", the exact one
+    pad_id: int | None = None     # what prompts are filled up with; None: EOS
+    penultimate: bool = False     # the context is what comes out of the last layer but one ...
+    final_norm: bool = True       # ... and whether the final norm follows
+    pooled_dim: int | None = None         # width of a vector for the prompt as a whole, if any
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,9 @@ class UNetConfig:
     num_res_blocks: int = 2
     # Transformer blocks at each level. None at the coarsest, 8 x 8: the middle, also 8 x 8, has one
     transformer_depth: tuple[int, ...] = (1, 1, 1, 0)
-    num_heads: int = 8            # at every level, so they get wider: 40, 80, 160
+    num_heads: int = 8            # at every level, so they get wider: 40, 80, 160; ...
+    head_dim: int | None = None   # ... or else there are more of them: each is this wide
+    vector_dim: int | None = None         # width of the vector that is added to the timestep's
     norm_groups: int = 32
 
 
@@ -144,6 +151,7 @@ class Config:
     steps: int = 25               # S
     guidance_scale: float = 7.5   # how far the picture is pushed towards the prompt (section 2)
     text: TextConfig = field(default_factory=TextConfig)
+    text_2: TextConfig | None = None      # a second text encoder, in Stable Diffusion XL
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -159,10 +167,19 @@ class Config:
         and the U-Net comes out even: 64 in SD 1.x."""
         return self.vae_stride * 2 ** (len(self.unet.channel_mult) - 1)
 
+    @property
+    def context_dim(self) -> int:
+        """How wide the context is: with two text encoders both, side by side."""
+        if self.text_2 is None:
+            return self.text.width
+        return self.text.width + self.text_2.width
+
     @staticmethod
     def from_dict(values: dict) -> "Config":
         """The inverse of `dataclasses.asdict`, from JSON (in which tuples have become lists)."""
         parts = dict(text=TextConfig, vae=VAEConfig, unet=UNetConfig, schedule=ScheduleConfig)
+        if values.get("text_2"):
+            parts["text_2"] = TextConfig
         built = {}
         for name, part in parts.items():
             sizes = {key: tuple(value) if isinstance(value, list) else value
@@ -174,6 +191,37 @@ class Config:
 # 1,066 M parameters: U-Net 860 M, VAE 84 M, text encoder 123 M
 SD1 = Config("Stable Diffusion 1.x", image_size=512)
 SD1_INPAINT = replace(SD1, name="Stable Diffusion 1.x inpainting", unet=UNetConfig(in_channels=9))
+# What changed after 1.x? Everything not named here is the same:
+#
+#                       1.x             2.x                       XL
+#     text encoder      CLIP L          OpenCLIP H, trained on    CLIP L and OpenCLIP bigG side by
+#                                       public data               side: names, and a larger reader
+#     context           last layer      the layer before it, in both: the last one serves CLIP's
+#                                       own task, comparing texts with pictures
+#     heads             8 per level     64 wide: attention stays as fine where it is wide
+#     predicts          ε               ε (512 pixels), v (768)   ε
+#     levels, depth     4: 1 1 1 0      4: 1 1 1 0                3: 0 2 10, where it costs least
+#     also told         -               -                         the prompt as one vector; the
+#                                       picture's size, so that small ones could be trained on, too
+SD2 = Config(
+    "Stable Diffusion 2.x", image_size=512, sampler="ddim", steps=50, guidance_scale=9.0,
+    text=TextConfig(width=1024, num_layers=24, num_heads=16, activation="gelu", pad_id=0,
+                    penultimate=True),
+    unet=UNetConfig(head_dim=64))
+SD2_V = replace(SD2, name="Stable Diffusion 2.x, v", image_size=768, prediction="v")
+SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting",
+                      unet=UNetConfig(in_channels=9, head_dim=64))
+# 3,469 M parameters: U-Net 2,567 M, VAE 84 M, text encoders 123 M and 695 M
+SDXL = Config(
+    "Stable Diffusion XL", image_size=1024, scale_factor=0.13025, sampler="euler_leading", steps=50,
+    guidance_scale=5.0,
+    text=TextConfig(penultimate=True, final_norm=False),
+    text_2=TextConfig(width=1280, num_layers=32, num_heads=20, activation="gelu", pad_id=0,
+                      penultimate=True, final_norm=False, pooled_dim=1280),
+    unet=UNetConfig(channel_mult=(1, 2, 4), transformer_depth=(0, 2, 10), head_dim=64,
+                    vector_dim=1280 + 6 * 256))
+SDXL_INPAINT = replace(SDXL, name="Stable Diffusion XL inpainting",
+                       unet=replace(SDXL.unet, in_channels=9))
 # 8.6 M parameters: U-Net 5.2 M, VAE 2.7 M, text encoder 0.7 M
 SHAPES = Config(
     "shapes",
@@ -663,18 +711,19 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 class Tokenizer:
-    """Prompts to ids [B, L]: BOS, up to L − 2 pieces, EOS, and more EOS as padding.
+    """Prompts to ids [B, L]: BOS, up to L − 2 pieces, EOS, and padding.
 
     Careful: Stable Diffusion 1.x pads with EOS, and the U-Net sees the padding like any word;
-    OpenAI's own CLIP pads with 0. The cutting is done by a tokenizer of the `tokenizers` library.
+    OpenAI's own CLIP and OpenCLIP pad with 0. The cutting is done by a tokenizer of the `tokenizers` library.
     CLIP's and that of a new model differ in their tables only.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, max_length: int):
+    def __init__(self, backend: tokenizers.Tokenizer, max_length: int, pad_id: int | None = None):
         self.backend = backend
         self.max_length = max_length
         self.bos = backend.token_to_id(BOS)
         self.eos = backend.token_to_id(EOS)
+        self.pad_id = self.eos if pad_id is None else pad_id
 
     def __call__(self, prompts: str | list[str]) -> Tensor:
         """["a prompt", ...] -> LongTensor [B, L]. What does not fit is cut off."""
@@ -684,7 +733,7 @@ class Tokenizer:
         for prompt in prompts:
             pieces = self.backend.encode(prompt).ids[: self.max_length - 2]
             ids = [self.bos, *pieces, self.eos]
-            padding = [self.eos] * (self.max_length - len(ids))
+            padding = [self.pad_id] * (self.max_length - len(ids))
             rows.append(ids + padding)
         return torch.tensor(rows, dtype=torch.long)
 
@@ -733,8 +782,9 @@ def clip_backend(vocab: dict[str, int], merges: list[list[str]]) -> tokenizers.T
 class TextLayer(nn.Module):
     """One layer of CLIP's transformer: [B, L, D] -> the same."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, activation: str):
         super().__init__()
+        self.activation = activation
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, num_heads, qkv_bias=True, causal=True)
         self.norm2 = nn.LayerNorm(width)
@@ -744,29 +794,51 @@ class TextLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))     # each gathers from the words before it
         h = self.fc1(self.norm2(x))               # then each one thinks by itself
-        # Careful, "quick GELU": CLIP was trained with this approximation, not with GELU
-        h = h * torch.sigmoid(1.702 * h)
-        return x + self.fc2(h)
+        if self.activation == "gelu":
+            return x + self.fc2(F.gelu(h))
+        # Careful, "quick GELU": CLIP was trained with this approximation, OpenCLIP with GELU
+        return x + self.fc2(h * torch.sigmoid(1.702 * h))
 
 
 class TextEncoder(nn.Module):
     """ids [B, L] -> context [B, L, D]: all positions, padding included, of the last layer, after
-    the final norm."""
+    the final norm; or of the layer before it, or without the norm, as the config says."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
+        self.penultimate = c.penultimate
+        self.has_final_norm = c.final_norm
         self.token_embedding = nn.Embedding(c.vocab_size, c.width)
         self.position_embedding = nn.Embedding(c.max_length, c.width)
         self.layers = nn.Sequential()
         for _ in range(c.num_layers):
-            self.layers.append(TextLayer(c.width, c.num_heads))
+            self.layers.append(TextLayer(c.width, c.num_heads, c.activation))
         self.final_norm = nn.LayerNorm(c.width)
+        if c.pooled_dim is not None:
+            self.projection = nn.Linear(c.width, c.pooled_dim, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        before, last = self.last_two(ids)
+        context = before if self.penultimate else last
+        if self.has_final_norm:
+            context = self.final_norm(context)
+        return context
+
+    def last_two(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes out of the last layer but one, and of the last, [B, L, D] each."""
         length = ids.shape[1]
         x = self.token_embedding(ids)                             # [B, L, D]   what
         x = x + self.position_embedding.weight[:length]           # + [L, D]    where
-        return self.final_norm(self.layers(x))
+        before = self.layers[:-1](x)
+        return before, self.layers[-1](before)
+
+    def pooled(self, ids: Tensor, eos: int) -> Tensor:
+        """The prompt as one vector [B, 1280]: CLIP's own output, which it compares with pictures'.
+        It is read at the first EOS, the one place that has seen all words and no padding."""
+        _, last = self.last_two(ids)
+        place = (ids == eos).int().argmax(dim=1)                  # [B]
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.projection(self.final_norm(last)[rows, place])
 
 
 # %% Look: a tokenizer learns
@@ -893,7 +965,8 @@ def unet_layers(c: UNetConfig, context_dim: int, in_channels: int, out_channels:
     """A ResBlock and, where depth is not 0, a SpatialTransformer after it."""
     layers = [ResBlock(in_channels, out_channels, c.norm_groups, 1e-5, emb_dim=4 * c.channels)]
     if depth > 0:
-        layers.append(SpatialTransformer(out_channels, c.num_heads, context_dim, depth,
+        num_heads = out_channels // c.head_dim if c.head_dim else c.num_heads
+        layers.append(SpatialTransformer(out_channels, num_heads, context_dim, depth,
                                          c.norm_groups))
     return layers
 
@@ -932,6 +1005,9 @@ class UNet(nn.Module):
         self.channels = c.channels
         self.time_embedding = nn.Sequential(nn.Linear(c.channels, emb_dim), nn.SiLU(),
                                             nn.Linear(emb_dim, emb_dim))
+        if c.vector_dim is not None:
+            self.vector_embedding = nn.Sequential(nn.Linear(c.vector_dim, emb_dim), nn.SiLU(),
+                                                  nn.Linear(emb_dim, emb_dim))
         channels = c.channels
         conv_in = nn.Conv2d(c.in_channels, channels, 3, padding=1)
         self.down_blocks = nn.ModuleList([UNetBlock([conv_in])])
@@ -946,8 +1022,8 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
 
-        middle = layers(channels, channels, depth=1) + layers(channels, channels, depth=0)
-        self.mid_block = UNetBlock(middle)
+        middle = layers(channels, channels, depth=max(c.transformer_depth))
+        self.mid_block = UNetBlock(middle + layers(channels, channels, depth=0))
 
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
@@ -961,9 +1037,11 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(c.norm_groups, channels, eps=1e-5)
         self.conv_out = zero_module(nn.Conv2d(channels, c.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
         waves = timestep_embedding(t, self.channels)              # [B, 320]
         emb = self.time_embedding(waves.to(x.dtype))              # [B, E]   E = 1280
+        if vector is not None:
+            emb = emb + self.vector_embedding(vector)
         h = x                                                     # [B, 4, 64, 64]
         skips = []
         for block in self.down_blocks:
@@ -979,7 +1057,7 @@ class UNet(nn.Module):
 # %% Look: how many parameters ("meta": shapes without memory)
 if STEPPING:
     with torch.device("meta"):
-        unet = UNet(SD1.unet, SD1.text.width)
+        unet = UNet(SD1.unet, SD1.context_dim)
     print(sum(p.numel() for p in unet.parameters()))
 
 
@@ -1070,6 +1148,21 @@ def leading(steps: int, sigmas: np.ndarray) -> Levels:
     timesteps = np.arange(steps)[::-1] * stride + 1
     timesteps = timesteps.clip(max=len(sigmas) - 1)
     return levels_of(timesteps, sigmas[timesteps], last_sigma=sigmas[0])
+
+
+def leading_to_zero(steps: int, sigmas: np.ndarray) -> Levels:
+    """The same timesteps, but the last step goes to σ = 0: Euler for Stable Diffusion XL."""
+    levels = leading(steps, sigmas)
+    return Levels(levels.timesteps, [*levels.alpha_bars[:-1], 1.0])
+
+
+def trailing(steps: int, sigmas: np.ndarray) -> Levels:
+    """t = 999, 749, 499, 249 for S = 4: the first step begins where there is nothing but noise.
+    With few steps that counts: Turbo, a model that was trained to need no more than four (Sauer et
+    al. 2023, arXiv:2311.17042)."""
+    stops = np.linspace(len(sigmas), 0, steps, endpoint=False)
+    timesteps = stops.round().astype(int) - 1
+    return levels_of(timesteps, sigmas[timesteps])
 
 
 def linspace(steps: int, sigmas: np.ndarray) -> Levels:
@@ -1223,6 +1316,9 @@ SAMPLERS = {
     "plms": Sampler(plms, leading),
     "euler": Sampler(euler, linspace, starts_at_sigma=True),
     "euler_a": Sampler(euler_a, linspace, starts_at_sigma=True),
+    "euler_leading": Sampler(euler, leading_to_zero),
+    "euler_trailing": Sampler(euler, trailing, starts_at_sigma=True),
+    "euler_a_trailing": Sampler(euler_a, trailing, starts_at_sigma=True),
     "dpmpp_2m": Sampler(dpmpp_2m, linspace_rounded),
     "dpmpp_2m_karras": Sampler(dpmpp_2m, karras),
     "langevin": Sampler(langevin, geometric, starts_at_sigma=True),
@@ -1265,6 +1361,12 @@ def draw_noise(shape: tuple[int, ...], generators: list[torch.Generator],
     return torch.cat(rows).to(device)
 
 
+class Text(NamedTuple):
+    """What the U-Net is told of prompts: vectors of the words, and of each prompt as a whole."""
+    context: Tensor               # [B, L, D]
+    pooled: Tensor | None = None          # [B, 1280], only in Stable Diffusion XL
+
+
 class LatentDiffusion(nn.Module):
     """A whole model: config, tokenizer, text_encoder, unet, vae."""
 
@@ -1273,7 +1375,9 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.text_encoder = TextEncoder(config.text)
-        self.unet = UNet(config.unet, config.text.width)
+        if config.text_2 is not None:
+            self.text_encoder_2 = TextEncoder(config.text_2)
+        self.unet = UNet(config.unet, config.context_dim)
         self.vae = VAE(config.vae)
         self.alphas_cumprod = make_alphas_cumprod(config.schedule)    # float64, on the CPU
 
@@ -1312,7 +1416,8 @@ class LatentDiffusion(nn.Module):
         config = Config.from_dict(json.loads(header["config"]))
         tables = json.loads(header["tokenizer"])["model"]
         backend = clip_backend(tables["vocab"], tables["merges"])
-        return LatentDiffusion(config, Tokenizer(backend, config.text.max_length))
+        text = config.text
+        return LatentDiffusion(config, Tokenizer(backend, text.max_length, text.pad_id))
 
     def save(self, path: str | Path) -> None:
         """Writes the model as one .safetensors, in the precision that it has."""
@@ -1325,12 +1430,28 @@ class LatentDiffusion(nn.Module):
                 "tokenizer": self.tokenizer.backend.to_str()}
 
     @torch.no_grad()
-    def encode_text(self, prompts: str | list[str] | Tensor) -> Tensor:
-        """["a prompt", ...] -> context [B, L, D]. A context is passed through."""
-        if isinstance(prompts, Tensor):
-            return prompts.to(self.device, self.dtype)
+    def encode_text(self, prompts: str | list[str]) -> Tensor | Text:
+        """["a prompt", ...] -> context [B, L, D]; in Stable Diffusion XL with the pooled vectors."""
         ids = self.tokenizer(prompts).to(self.device)             # [B, L]
-        return self.text_encoder(ids)
+        context = self.text_encoder(ids)
+        if self.config.text_2 is None:
+            return context
+        eos, pad_id = self.tokenizer.eos, self.config.text_2.pad_id
+        is_padding = (ids == eos).int().cumsum(dim=1) > 1         # all after the first EOS
+        ids = ids.masked_fill(is_padding, pad_id)
+        both = torch.cat([context, self.text_encoder_2(ids)], dim=-1)
+        return Text(both, self.text_encoder_2.pooled(ids, eos))
+
+    def added_vector(self, pooled: Tensor, sizes: Tensor) -> Tensor:
+        """The vector that Stable Diffusion XL adds to the timestep's: pooled [B, 1280] and sizes
+        [B, 6] -> [B, 2816]. Each number is written as waves, like a timestep.
+
+        Careful, sizes are (original height, width, crop top, left, target height, width): height
+        first (generative-models helpers.py:191). Small originals look scaled up, crops cut off.
+        """
+        waves = timestep_embedding(sizes.flatten(), 256)          # [B·6, 256]
+        waves = waves.reshape(len(sizes), -1).to(pooled.device, pooled.dtype)
+        return torch.cat([pooled, waves], dim=-1)
 
     @torch.no_grad()
     def encode_image(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -1339,7 +1460,7 @@ class LatentDiffusion(nn.Module):
 
         Careful, the order: first draw, then multiply by scale_factor (CompVis ddpm.py:549).
         """
-        latents, logvar = self.vae.encode(image.to(self.device, self.dtype))
+        latents, logvar = self.vae.encode(image.to(next(self.vae.parameters())))
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             latents = sample_posterior(latents, logvar, noise)
@@ -1349,40 +1470,62 @@ class LatentDiffusion(nn.Module):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, 4, h, w] -> image [B, 3, 8h, 8w] in [−1, 1], float32."""
         z = latents / self.config.scale_factor
-        image = self.vae.decode(z.to(self.device, self.dtype))
+        image = self.vae.decode(z.to(next(self.vae.parameters())))
         return image.float().clamp(-1, 1)
 
-    def contexts(self, prompt: str | list[str] | Tensor,
-                 negative_prompt: str | list[str] | Tensor | None, guidance_scale: float,
-                 batch_size: int) -> list[Tensor]:
-        """The contexts to ask the network with, [B, L, D] each: that of the prompts, or for
-        guidance that of the negative prompts and then that of the prompts."""
-        context = self.encode_text(prompt).repeat_interleave(batch_size, dim=0)
-        if guidance_scale == 1:
-            return [context]
-        negative = self.encode_text("" if negative_prompt is None else negative_prompt)
-        repeats = len(context) // len(negative)
-        return [negative.repeat_interleave(repeats, dim=0), context]
+    def text_of(self, prompts: str | list[str] | Tensor | Text, repeats: int) -> Text:
+        """The text of prompts, each used so many times in a row. One that is encoded already is
+        passed through."""
+        text = prompts
+        if isinstance(prompts, (str, list)):
+            text = self.encode_text(prompts)
+        if isinstance(text, Tensor):
+            text = Text(text)
+        context = text.context.to(self.device, self.dtype).repeat_interleave(repeats, dim=0)
+        if text.pooled is None:
+            return Text(context)
+        pooled = text.pooled.to(self.device, self.dtype)
+        return Text(context, pooled.repeat_interleave(repeats, dim=0))
 
-    def predict_eps(self, x: Tensor, t: float, alpha_bar: float, *, contexts: list[Tensor],
+    def texts(self, prompt: str | list[str] | Tensor | Text,
+              negative_prompt: str | list[str] | Tensor | Text | None, guidance_scale: float,
+              batch_size: int) -> list[Text]:
+        """What to ask the network with: the prompts; or for guidance the negative prompts, and then
+        the prompts."""
+        text = self.text_of(prompt, batch_size)
+        if guidance_scale == 1:
+            return [text]
+        if negative_prompt is None and text.pooled is not None:
+            # Where Stable Diffusion XL's training dropped the caption, it put zeros
+            return [Text(torch.zeros_like(text.context), torch.zeros_like(text.pooled)), text]
+        negative = self.text_of("" if negative_prompt is None else negative_prompt, 1)
+        return [self.text_of(negative, len(text.context) // len(negative.context)), text]
+
+    def predict_eps(self, x: Tensor, t: float, alpha_bar: float, *, texts: list[Text],
                     guidance_scale: float, extra: Tensor | None = None) -> Tensor:
-        """The network's guess of ε in x [B, 4, h, w], with guidance where there are two contexts
-        (both are asked in one call). extra: what an inpainting model sees next to the latents."""
+        """The network's guess of ε in x [B, 4, h, w], with guidance where there are two texts (both
+        are asked in one call). extra: what an inpainting model sees next to the latents."""
         inputs = x
         if extra is not None:
             inputs = torch.cat([x, extra.expand(len(x), -1, -1, -1)], dim=1)
-        inputs = inputs.to(self.dtype).repeat(len(contexts), 1, 1, 1)
+        inputs = inputs.to(self.dtype).repeat(len(texts), 1, 1, 1)
         times = torch.full((len(inputs),), t, device=self.device)
-        guess = self.unet(inputs, times, torch.cat(contexts)).float()
-        if len(contexts) == 2:
+        context = torch.cat([text.context for text in texts])
+        vector = None
+        if self.config.text_2 is not None:
+            size = [side * self.config.vae_stride for side in x.shape[2:]]
+            sizes = torch.tensor([*size, 0, 0, *size]).expand(len(inputs), 6)
+            vector = self.added_vector(torch.cat([text.pooled for text in texts]), sizes)
+        guess = self.unet(inputs, times, context, vector).float()
+        if len(texts) == 2:
             guess = guide(*guess.chunk(2), guidance_scale)
         if self.config.prediction == "v":
             guess = eps_from_v(x, guess, alpha_bar)
         return guess
 
     @torch.no_grad()
-    def denoise(self, prompt: str | list[str] | Tensor,
-                negative_prompt: str | list[str] | Tensor | None = None, *,
+    def denoise(self, prompt: str | list[str] | Tensor | Text,
+                negative_prompt: str | list[str] | Tensor | Text | None = None, *,
                 steps: int | None = None, sampler: str | None = None,
                 guidance_scale: float | None = None, eta: float = 0.0, seed: int = 0,
                 batch_size: int = 1, width: int | None = None, height: int | None = None,
@@ -1390,8 +1533,8 @@ class LatentDiffusion(nn.Module):
                 strength: float = 0.75, mask: Tensor | None = None) -> Iterator[Step]:
         """Makes pictures and yields every step; `decode_latents(step.x)` shows how far they are.
 
-        prompt: a string, a list, or a context [n, L, D]; each is used batch_size times.
-        negative_prompt: one for all, or one per prompt; None is the empty prompt. steps 1 to 1000,
+        prompt: a string, a list, or what `encode_text` gave; each is used batch_size times.
+        negative_prompt: one for all, or one per prompt; None is the empty prompt (XL: zeros). steps 1 to 1000,
         sampler (a name in SAMPLERS), guidance_scale: None takes the config's. eta 0 to 1: for ddim.
         seed: picture i draws all its noise from its own generator, seeded with seed + i, on the CPU
         and in float32, so the noise is the same alone or in a batch and on every device. width,
@@ -1405,7 +1548,7 @@ class LatentDiffusion(nn.Module):
         sampler = SAMPLERS[sampler or c.sampler]
         if guidance_scale is None:
             guidance_scale = c.guidance_scale
-        contexts = self.contexts(prompt, negative_prompt, guidance_scale, batch_size)
+        texts = self.texts(prompt, negative_prompt, guidance_scale, batch_size)
 
         if image is not None:
             height, width = image.shape[2:]
@@ -1414,7 +1557,7 @@ class LatentDiffusion(nn.Module):
         shape = (1, c.vae.latent_channels, rows, columns)
         if latents is not None:
             shape = (1, *latents.shape[1:])
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(contexts[0]))]
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts[0].context))]
         noise = partial(draw_noise, shape, generators, self.device)
         start = noise() if latents is None else latents.to(self.device, torch.float32)
 
@@ -1429,7 +1572,7 @@ class LatentDiffusion(nn.Module):
         extra, repaint = self.inpainting(image, mask)
         if repaint is not None:
             x = torch.where(repaint, x, add_noise(known, start, levels.alpha_bars[0]))
-        predict_eps = partial(self.predict_eps, contexts=contexts, guidance_scale=guidance_scale,
+        predict_eps = partial(self.predict_eps, texts=texts, guidance_scale=guidance_scale,
                               extra=extra)
         walk = sample(sampler.step, predict_eps, x, levels, noise, eta)
         for step, a_next in zip(walk, [*levels.alpha_bars[1:-1], 1.0]):
@@ -1475,8 +1618,8 @@ class LatentDiffusion(nn.Module):
         small = F.interpolate(masked, rest.shape[2:])              # one pixel per latent
         return torch.cat([small.expand_as(rest[:, :1]), rest], dim=1), None
 
-    def generate(self, prompt: str | list[str] | Tensor,
-                 negative_prompt: str | list[str] | Tensor | None = None, *, progress: bool = True,
+    def generate(self, prompt: str | list[str] | Tensor | Text,
+                 negative_prompt: str | list[str] | Tensor | Text | None = None, *, progress: bool = True,
                  on_step: Callable[[Step], None] | None = None, image: Tensor | None = None,
                  mask: Tensor | None = None, **settings) -> list[Image.Image]:
         """The pictures. All settings are those of `denoise`. progress: a bar on stderr; on_step is
@@ -2157,6 +2300,13 @@ def decode_latents(self: LatentDiffusion, latents: Tensor) -> Tensor:
     return image
 
 
+def count_of(prompts: str | list[str] | Tensor | Text | None) -> int:
+    """How many prompts they are. None is the empty one."""
+    if prompts is None or isinstance(prompts, str):
+        return 1
+    return len(prompts.context if isinstance(prompts, Text) else prompts)
+
+
 def behind_the_door(lesson_method: Callable) -> Callable:
     """denoise or generate, with pictures of any kind, and everything checked."""
     @functools.wraps(lesson_method)
@@ -2164,8 +2314,7 @@ def behind_the_door(lesson_method: Callable) -> Callable:
         settings = {name: value.item() if isinstance(value, np.generic) else value
                     for name, value in settings.items()}
         check_settings(settings)
-        prompts, negatives = [1 if given is None or isinstance(given, str) else len(given)
-                              for given in (prompt, negative_prompt)]
+        prompts, negatives = count_of(prompt), count_of(negative_prompt)
         if not prompts or negatives not in (1, prompts):
             raise InputError(f"{prompts} prompts and {negatives} negative prompts: give at least "
                              "one prompt, and one negative prompt for all or one for each")

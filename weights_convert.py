@@ -36,8 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tiny_ldm
-from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputError,
-                      LatentDiffusion, ScheduleConfig, TextConfig, check_file, check_header,
+from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, SDXL, SDXL_INPAINT,
+                      ArgumentParser, Config, InputError, LatentDiffusion, ScheduleConfig, TextConfig, check_file, check_header,
                       check_output, clip_backend, input_errors, make_alphas_cumprod, read_header,
                       say, write_whole)
 
@@ -47,23 +47,35 @@ from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, ArgumentParser, Config, InputE
 # table is a list of (ours, theirs), replaced one after the other.
 
 UNET, VAE = "model.diffusion_model", "first_stage_model"
-TEXT = "cond_stage_model.transformer.text_model"
+TEXT = "cond_stage_model.transformer.text_model"              # of 1.x
+OPEN_TEXT = "cond_stage_model.model"                          # of 2.x
+XL_TEXT = "conditioner.embedders.0.transformer.text_model"    # XL's two
+XL_TEXT_2 = "conditioner.embedders.1.model"
 
-# The text encoder and what is in a transformer block have the same names in both
+# CLIP's text encoder and what is in a transformer block have the same names in both
 TEXT_ENCODER = [
     ("token_embedding", "embeddings.token_embedding"),
     ("position_embedding", "embeddings.position_embedding"),
     (".layers.", ".encoder.layers."), (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."),
     (".attention.to_q.", ".self_attn.q_proj."), (".attention.to_k.", ".self_attn.k_proj."),
     (".attention.to_v.", ".self_attn.v_proj."), (".attention.to_out.", ".self_attn.out_proj."),
-    (".fc1.", ".mlp.fc1."), (".fc2.", ".mlp.fc2."), ("final_norm", "final_layer_norm")]
+    (".fc1.", ".mlp.fc1."), (".fc2.", ".mlp.fc2."), ("final_norm", "final_layer_norm"),
+    (".projection.", ".text_projection.")]
+# OpenCLIP keeps q, k and v in one matrix
+OPEN_CLIP = [
+    ("position_embedding.weight", "positional_embedding"),
+    (".layers.", ".transformer.resblocks."), (".norm1.", ".ln_1."), (".norm2.", ".ln_2."),
+    (".attention.to_out.", ".attn.out_proj."), (".attention.to_q.", ".attn.in_proj_"),
+    (".attention.to_k.", ".attn.in_proj_"), (".attention.to_v.", ".attn.in_proj_"),
+    (".fc1.", ".mlp.c_fc."), (".fc2.", ".mlp.c_proj."), ("final_norm", "ln_final"),
+    (".projection.weight", ".text_projection")]
 TRANSFORMER = [
     (".blocks.", ".transformer_blocks."), (".self_attention.", ".attn1."),
     (".cross_attention.", ".attn2."), (".to_out.", ".to_out.0."),
     (".feed_forward.proj_in.", ".ff.net.0.proj."), (".feed_forward.proj_out.", ".ff.net.2.")]
 
 OFFICIAL_UNET = [
-    ("time_embedding", "time_embed"),
+    ("time_embedding", "time_embed"), ("vector_embedding", "label_emb.0"),
     ("down_blocks", "input_blocks"), ("mid_block", "middle_block"), ("up_blocks", "output_blocks"),
     ("norm_out", "out.0"), ("conv_out", "out.2")]
 OFFICIAL_RES_BLOCK = [
@@ -73,7 +85,9 @@ OFFICIAL_RES_BLOCK = [
 # diffusers' names of blocks are in `diffusers_blocks`; these are of the layers in them and around
 DIFFUSERS = [
     ("time_embedding.0", "time_embedding.linear_1"),
-    ("time_embedding.2", "time_embedding.linear_2"), ("unet.norm_out", "unet.conv_norm_out"),
+    ("time_embedding.2", "time_embedding.linear_2"),
+    ("vector_embedding.0", "add_embedding.linear_1"),
+    ("vector_embedding.2", "add_embedding.linear_2"), ("unet.norm_out", "unet.conv_norm_out"),
     (".emb_proj.", ".time_emb_proj."), (".skip.", ".conv_shortcut."),
     ("coder.mid_block.attentions.0.norm.", "coder.mid_block.attentions.0.group_norm."),
     (".attention.", ".")]
@@ -85,7 +99,8 @@ OFFICIAL_VAE = [
     (".resnets.", ".block."), ("samplers.0.", "sample."), ("conv_norm_out", "norm_out"),
     (".conv_shortcut.", ".nin_shortcut.")]
 
-# In official files these are 1x1 convolutions, [o, i, 1, 1]; in ours they are linear, [o, i]
+# In official files these are 1x1 convolutions, [o, i, 1, 1]; in ours they are linear, [o, i]. (The
+# first ones only in 1.x)
 CONVOLUTIONS = re.compile(r"(unet.*\.\d\.proj_(in|out)|vae.*\.attention\.to_\w+)\.weight")
 
 
@@ -112,7 +127,7 @@ def diffusers_blocks(c: Config) -> dict[str, str]:
             blocks[f"unet.up_blocks.{up}.1"] = f"unet.up_blocks.{level}.attentions.{i}"
         # A Downsample is a block of its own, an Upsample the last layer of one
         blocks[f"unet.down_blocks.{down}.0"] = f"unet.down_blocks.{level}.downsamplers.0"
-        blocks[f"unet.up_blocks.{up}.{1 + depth}"] = f"unet.up_blocks.{level}.upsamplers.0"
+        blocks[f"unet.up_blocks.{up}.{1 + (depth > 0)}"] = f"unet.up_blocks.{level}.upsamplers.0"
 
     encoder, decoder = ["conv_in"], ["conv_in", *middle]
     for level in range(len(c.vae.channel_mult)):
@@ -130,7 +145,7 @@ def diffusers_blocks(c: Config) -> dict[str, str]:
 
 def diffusers_name(name: str, c: Config) -> str:
     """Our name of a tensor -> part and name in a diffusers folder."""
-    if name.startswith("text_encoder."):
+    if name.startswith("text_encoder"):
         return renamed(name, TEXT_ENCODER)
     if found := re.match(r"(unet|vae)\.\w+(\.\d+)+", name):
         name = name.replace(found[0], diffusers_blocks(c).get(found[0], found[0]), 1)
@@ -139,8 +154,12 @@ def diffusers_name(name: str, c: Config) -> str:
 
 def official_name(name: str, c: Config) -> str:
     """Our name of a tensor -> the name in official files."""
+    if name.startswith("text_encoder_2."):
+        return renamed(name, OPEN_CLIP).replace("text_encoder_2", XL_TEXT_2)
+    if name.startswith("text_encoder.") and c.text.activation == "gelu":
+        return renamed(name, OPEN_CLIP).replace("text_encoder", OPEN_TEXT)
     if name.startswith("text_encoder."):
-        return renamed(name, TEXT_ENCODER).replace("text_encoder", TEXT)
+        return renamed(name, TEXT_ENCODER).replace("text_encoder", XL_TEXT if c.text_2 else TEXT)
     if name.startswith("vae."):
         name = diffusers_name(name, c)
         if found := re.search(r"up_blocks\.(\d)", name):
@@ -162,6 +181,8 @@ class Entry(NamedTuple):
     official: str
     official_shape: tuple[int, ...]
     diffusers: str
+    third: int | None = None      # which third of the official tensor it is: 0 q, 1 k, 2 v
+    turned: bool = False          # OpenCLIP multiplies with its projection from the other side
 
 
 @functools.cache
@@ -171,11 +192,24 @@ def name_map(c: Config) -> dict[str, Entry]:
         ldm = LatentDiffusion(c, None)
     entries = {}
     for name, p in ldm.named_parameters():
-        shape = tuple(p.shape)
-        official_shape = (*shape, 1, 1) if CONVOLUTIONS.fullmatch(name) else shape
-        entries[name] = Entry(shape, official_name(name, c), official_shape,
-                              diffusers_name(name, c))
+        shape, official, third = tuple(p.shape), official_name(name, c), None
+        official_shape = shape
+        if CONVOLUTIONS.fullmatch(name) and (name.startswith("vae") or not c.unet.head_dim):
+            official_shape = (*shape, 1, 1)
+        if ".in_proj_" in official:
+            third = "qkv".index(re.search(r"\.to_([qkv])\.", name)[1])
+            official_shape = (3 * shape[0], *shape[1:])
+        turned = official.endswith(".text_projection")
+        entries[name] = Entry(shape, official, official_shape, diffusers_name(name, c), third,
+                              turned)
     return entries
+
+
+def ours_of(t: Tensor, e: Entry) -> Tensor:
+    """Our tensor, out of the official one."""
+    if e.third is not None:
+        t = t.chunk(3)[e.third]
+    return t.T if e.turned else t
 
 
 # %% 2. Reading
@@ -192,18 +226,44 @@ KNOWN = {   # by sha256; of the first three the size is known only roughly
         "v1-5-pruned-emaonly.safetensors",
     "e1441589a6f3c5a53f5f54d0975a18a7feb7cdf0b0dee276dfc3331ae376a053": "v1-5-pruned.ckpt",
     "1a189f0be69d6106a48548e7626207dddd7042a418dbf372cefd05e0cdba61b6": "v1-5-pruned.safetensors",
-    "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19": "sd-v1-5-inpainting.ckpt"}
-KNOWN_SIZES = [(4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000)]
+    "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19": "sd-v1-5-inpainting.ckpt",
+    "d635794c1fedfdfa261e065370bea59c651fc9bfa65dc6d67ad29e11869a1824": "512-base-ema.ckpt (2.0)",
+    "bfcaf0755797b0c30eb00a3787e8b423eb1f5decd8de76c4d824ac2dd27e139f": "768-v-ema.ckpt (2.0)",
+    "2a208a7ded5d42dcb0c0ec908b23c631002091e06afe7e76d16cd11079f8d4e3": "512-inpainting-ema.ckpt",
+    "b29e2ed9a8fe58e76f7e801bda091d23738bd74c1da3f339bcbe2d40922fcb60":
+        "512-inpainting-ema.safetensors",
+    "88ecb782561455673c4b78d05093494b9c539fc6bfc08f3a9a4a0dd7b0b10f36": "v2-1_512-ema-pruned.ckpt",
+    "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2":
+        "v2-1_512-ema-pruned.safetensors",
+    "fc4f9fe7528b2ee3de21971fb805bbf74d680bf1ab5b5f9c08379b0397b82a9d":
+        "v2-1_512-nonema-pruned.safetensors",
+    "ad2a33c361c1f593c4a1fb32ea81afce2b5bb7d1983c6b94793a26a3b54b08a0": "v2-1_768-ema-pruned.ckpt",
+    "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac":
+        "v2-1_768-ema-pruned.safetensors",
+    "ff144a49841cf383adbc68841272ce639e1032b0a1f0f6586347feb953c244f4":
+        "v2-1_768-nonema-pruned.safetensors",
+    "3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549": "sd_turbo.safetensors",
+    "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b":
+        "sd_xl_base_1.0.safetensors",
+    "e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff":
+        "sd_xl_base_1.0_0.9vae.safetensors",
+    "e869ac7d6942cb327d68d5ed83a40447aadf20e0c3358d98b2cc9e270db0da26":
+        "sd_xl_turbo_1.0_fp16.safetensors",
+    "9730e344ed7098b31e435c9df23be162b95385a764ba36f491316af2925546f4":
+        "sd_xl_turbo_1.0.safetensors"}
+KNOWN_SIZES = [(4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000),
+               (5_214_000_000, 5_215_000_000), (6_938_000_000, 6_939_000_000),
+               (13_875_000_000, 13_876_000_000)]
 
-# The three networks, by either layout's names. What else a file holds is not theirs and is ignored:
+# The networks, by either layout's names. What else a file holds is not theirs and is ignored:
 # tables of the schedule, counters, losses, a safety checker, what trainings leave behind
-NETWORKS = re.compile(rf"{re.escape(UNET)}\.|{VAE}\.(encoder|decoder|quant_conv|post_quant_conv)\."
-                      rf"|{re.escape(TEXT)}\.|unet\.|vae\.|text_encoder\.")
+NETWORKS = re.compile(rf"({UNET}|{TEXT}|{OPEN_TEXT}|{XL_TEXT}|{XL_TEXT_2}|unet|vae|text_encoder"
+                      rf"|text_encoder_2|{VAE}\.(encoder|decoder|quant_conv|post_quant_conv))\.")
 # In them these are not used: the numbers 0 to 76, and CLIP's last layer, which compares texts with
 # pictures
-UNUSED = re.compile(r".*\.(position_ids|logit_scale|text_projection(\.weight)?)")
+UNUSED = re.compile(r".*\.(position_ids|logit_scale|attn_mask|text_projection(\.weight)?)")
 # What official files have besides: the schedule, which is compared with ours, and the second U-Net
-TABLES = re.compile(r"betas|\w*alphas_cumprod\w*|posterior_\w+|model_ema\..*")
+TABLES = re.compile(r"betas|\w*alphas_cumprod\w*|posterior_\w+|model_ema\..*|denoiser\.sigmas")
 # An address or the name of a hub repository, and perhaps of a file in it
 HUB_ID = re.compile(r"(https?://(www\.)?(huggingface\.co|hf\.co)/)?(?P<repository>[\w.-]+/[\w.-]+)"
                     r"(/(tree|blob|resolve)/(?P<revision>[^/?]+)/?(?P<file>[^?]*))?(\?.*)?")
@@ -338,8 +398,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def read_official(path: Path) -> dict[str, Tensor]:
     """A single file's tensors by their official names. Some programs that save fine-tunes spell
     those of the text encoder and of the VAE's attention otherwise."""
-    spellings = [("transformer.text_model.", "transformer."),
+    spellings = [("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
                  ("cond_stage_model.transformer.", f"{TEXT}."),
+                 ("conditioner.embedders.0.model.", f"{OPEN_TEXT}."),     # SD-Turbo
                  (".attn_1.to_out.0.", ".attn_1.proj_out."), (".attn_1.to_", ".attn_1.")]
     tensors = {}
     for theirs, t in read_tensors(path).items():
@@ -386,7 +447,7 @@ def choose_unet(tensors: dict[str, Tensor], ema: bool | None, known: str | None)
 def part_files(part: str) -> list[str]:
     """The names that a part's file may have in a diffusers folder, the best first."""
     stem, old_stem = f"{part}/diffusion_pytorch_model", f"{part}/diffusion_pytorch_model"
-    if part == "text_encoder":
+    if part.startswith("text_encoder"):
         stem, old_stem = f"{part}/model", f"{part}/pytorch_model"
     names = []
     for variant in ("", ".fp32", ".bf16", ".fp16", ".non_ema"):
@@ -398,7 +459,10 @@ def part_files(part: str) -> list[str]:
 def best_files(source: str | Path, there: list[str]) -> dict[str, str]:
     """Each part's file, of those that are there. Raises InputError."""
     best = {}
-    for part in ("unet", "vae", "text_encoder"):
+    parts = ["unet", "vae", "text_encoder"]
+    if any(name.startswith("text_encoder_2/") for name in there):
+        parts.append("text_encoder_2")
+    for part in parts:
         found = [name for name in part_files(part) if name in there]
         if not found:
             files = ", ".join(name for name in sorted(there) if "." in name)
@@ -543,45 +607,72 @@ def find_tokenizer(given: str | None, path: Path) -> tokenizers.Tokenizer:
 # --------------------------------------------------------------------------------------------------
 
 def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
-    """Names what is not Stable Diffusion 1.x. Raises InputError."""
-    if f"{TEXT}.embeddings.token_embedding.weight" in tensors:
-        return
-    marks = {"a LoRA, which changes a checkpoint and is none": r"lora_|\.lora\.",
-             "a textual inversion, which adds a word to a checkpoint and is none": r"^emb_params$",
-             "Stable Diffusion XL": r"^conditioner\.|^unet\.add_embedding\.",
-             "Stable Diffusion 2.x": r"^cond_stage_model\.model\."}
-    kinds = [kind for kind, mark in marks.items() if any(re.search(mark, n) for n in tensors)]
-    embedding = tensors.get("text_encoder.embeddings.token_embedding.weight")
-    if embedding is not None and embedding.shape[1:] == (1024,):
-        kinds = ["Stable Diffusion 2.x"]
-    if kinds:
-        raise InputError(f"{source} is {kinds[0]}; only Stable Diffusion 1.x can be converted")
+    """Names what is no Stable Diffusion 1.x, 2.x or XL. Raises InputError."""
+    marks = {"Stable Diffusion 3": r"\bjoint_blocks\.|^transformer\.joint", "Flux": r"\bdouble_blocks\.",
+             "CosXL, whose schedule is another": r"^edm_vpred\.sigma_max$",
+             "Playground, whose schedule is another": r"^edm_mean$"}
+    if f"{OPEN_TEXT}.token_embedding.weight" in tensors:
+        marks["the refiner of Stable Diffusion XL, no model by itself"] = rf"^{UNET}\.label_emb\."
+    if not any(name.endswith("token_embedding.weight") and NETWORKS.match(name)
+               for name in tensors):
+        marks["a LoRA, which changes a checkpoint and is none"] = r"lora_|\.lora\."
+        marks["a textual inversion, which adds a word to a checkpoint and is none"] = "^emb_params$"
+    for kind, mark in marks.items():
+        if any(re.search(mark, name) for name in tensors):
+            raise InputError(f"{source} is {kind}; only Stable Diffusion 1.x, 2.x and XL can be "
+                             "converted")
 
 
 def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
-    """SD1 or SD1_INPAINT with the widths that the tensors have: a fine-tune's are the same, a
-    test's are smaller. Raises ValueError."""
+    """SD1, SD2 or SDXL, or its inpainting variant, with the widths that the tensors have: a
+    fine-tune's are the same, a test's are smaller. Raises ValueError."""
     def shape(name: str) -> tuple[int, ...]:
-        entry = name_map(SD1)[f"{name}.weight"]
+        entry = name_map(base)[f"{name}.weight"]
         theirs = entry.official if official else entry.diffusers
         if theirs not in tensors:
             raise ValueError(f"it lacks {theirs}")
         return tensors[theirs].shape
 
+    def text_of(part: str, like: TextConfig) -> TextConfig:
+        vocab_size, width = shape(f"{part}.token_embedding")
+        ours = name_map(base)[f"{part}.layers.0.norm1.weight"]
+        first = ours.official if official else ours.diffusers
+        any_layer = re.sub(r"(layers|resblocks)\\.0", r"\1\\.\\d+", re.escape(first))
+        layers = [name for name in tensors if re.fullmatch(any_layer, name)]
+        like = replace(like, vocab_size=vocab_size, width=width, num_layers=len(layers),
+                       max_length=shape(f"{part}.position_embedding")[0],
+                       num_heads=max(1, width // 64))
+        if like.pooled_dim:
+            like = replace(like, pooled_dim=width)
+        return like
+
+    base = SD1
+    linear = tensors.get("unet.down_blocks.0.attentions.0.proj_in.weight")
+    if f"{XL_TEXT_2}.token_embedding.weight" in tensors or any(
+            name.startswith("text_encoder_2.") for name in tensors):
+        base = SDXL
+    elif f"{OPEN_TEXT}.token_embedding.weight" in tensors or linear is not None and linear.ndim == 2:
+        base = SD2
     conv_in, vae_conv_in = shape("unet.down_blocks.0.0"), shape("vae.encoder.0")
-    vocab_size, width = shape("text_encoder.token_embedding")
-    length = shape("text_encoder.position_embedding")[0]
-    layers = [n for n in tensors if re.search(r"encoder\.layers\.\d+\.layer_norm1\.weight$", n)]
-    text = TextConfig(vocab_size, length, width, len(layers), num_heads=max(1, width // 64))
-    if conv_in[1] not in (SD1.unet.in_channels, SD1_INPAINT.unet.in_channels):
+    inpainting = {SD1: SD1_INPAINT, SD2: SD2_INPAINT, SDXL: SDXL_INPAINT}
+    if conv_in[1] == 9:
+        base = inpainting[base]
+    elif conv_in[1] != 4:
         raise ValueError(f"it has {conv_in[1]} input channels rather than 4 (or 9, to repaint)")
-    return like_sd1(conv_in[1], conv_in[0], vae_conv_in[0], text)
+    text, text_2, vector_dim = text_of("text_encoder", base.text), base.text_2, None
+    if base.text.activation == "gelu" and (not official or text.num_layers == 23):
+        text = replace(text, penultimate=False)   # the last layer, which is not used, is not there
+    if text_2:
+        text_2 = text_of("text_encoder_2", text_2)
+        vector_dim = shape("unet.vector_embedding.0")[1]
+    return like(base, conv_in[0], vae_conv_in[0], text, text_2, vector_dim)
 
 
-def like_sd1(in_channels: int, unet_channels: int, vae_channels: int, text: TextConfig) -> Config:
-    base = SD1_INPAINT if in_channels == SD1_INPAINT.unet.in_channels else SD1
-    return replace(base, text=text, vae=replace(base.vae, channels=vae_channels),
-                   unet=replace(base.unet, channels=unet_channels))
+def like(base: Config, unet_channels: int, vae_channels: int, text: TextConfig,
+         text_2: TextConfig | None, vector_dim: int | None) -> Config:
+    unet = replace(base.unet, channels=unet_channels, vector_dim=vector_dim)
+    return replace(base, text=text, text_2=text_2, unet=unet,
+                   vae=replace(base.vae, channels=vae_channels))
 
 
 # What a diffusers folder's settings may say. The first value is meant where they say nothing
@@ -591,7 +682,7 @@ SETTINGS = {
         "trained_betas": [None], "rescale_betas_zero_snr": [False], "num_train_timesteps": [1000]},
     "unet/config.json": {
         "attention_head_dim": [8, [8, 8, 8, 8]], "num_attention_heads": [None, 8, [8, 8, 8, 8]],
-        "act_fn": ["silu"], "class_embed_type": [None], "addition_embed_type": [None],
+        "act_fn": ["silu"], "class_embed_type": [None], "addition_embed_type": [None, "text_time"],
         "time_cond_proj_dim": [None], "resnet_time_scale_shift": ["default"],
         "flip_sin_to_cos": [True], "freq_shift": [0], "norm_num_groups": [32],
         "upcast_attention": [None, False, True], "transformer_layers_per_block": [1, [1, 1, 1, 1]]},
@@ -599,36 +690,53 @@ SETTINGS = {
         "act_fn": ["silu"], "norm_num_groups": [32], "shift_factor": [None, 0.0],
         "use_quant_conv": [True], "use_post_quant_conv": [True], "latents_mean": [None],
         "latents_std": [None]},
-    "text_encoder/config.json": {
-        "hidden_act": ["quick_gelu"], "layer_norm_eps": [1e-5], "num_attention_heads": [12]}}
+    "text_encoder/config.json": {"hidden_act": ["quick_gelu"], "layer_norm_eps": [1e-5]},
+    "text_encoder_2/config.json": {"hidden_act": ["gelu"], "layer_norm_eps": [1e-5]}}
 
 
 def as_set(config: Config, folder: Path) -> Config:
     """The config with what a diffusers folder says that its tensors do not show: the schedule of
-    the noise, whether the U-Net predicts ε or v, the scale of the latents. Raises InputError for
-    what SD 1.x can't be."""
-    said = {}
+    the noise, whether the U-Net predicts ε or v, the scale of the latents, whether it is a Turbo.
+    Raises InputError for what we can't do."""
+    said, u = {}, config.unet
+    depth = [max(1, depth) for depth in u.transformer_depth]
+    own = {"text_encoder": {"num_attention_heads": [config.text.num_heads],
+                            "hidden_act": [config.text.activation]}}
+    if config.text_2:
+        own["text_encoder_2"] = {"num_attention_heads": [config.text_2.num_heads],
+                                 "hidden_act": [config.text_2.activation]}
+    if u.head_dim:
+        heads = [max(1, u.channels * mult // u.head_dim) for mult in u.channel_mult]
+        own["unet"] = {"attention_head_dim": [heads], "num_attention_heads": [None, heads],
+                       "transformer_layers_per_block": [depth, 1]}
     for name, known in SETTINGS.items():
+        part = name.partition("/")[0]
         file = folder / name
         if not file.exists():
             continue
         with input_errors(f"{file} says what tiny_ldm can't do", "get another model"):
             found = json.loads(check_file(file).read_text("utf-8"))
-            if name.startswith("text_encoder"):
-                known = {**known, "num_attention_heads": [config.text.num_heads]}
-            for key, values in known.items():
+            for key, values in {**known, **own.get(part, {})}.items():
                 if found.get(key, values[0]) not in values:
                     raise ValueError(f"{key} is {found[key]!r}")
             said.update({key: float(found[key]) for key in ("beta_start", "beta_end",
                                                             "scaling_factor") if key in found})
             if found.get("prediction_type") == "v_prediction":
                 config = replace(config, prediction="v")
+            if found.get("timestep_spacing") == "trailing":
+                config = as_turbo(config)
     scale = said.pop("scaling_factor", config.scale_factor)
     return replace(config, scale_factor=scale, schedule=replace(config.schedule, **said))
 
 
-def prediction_of(path: Path, tensors: dict[str, Tensor]) -> tuple[str, str]:
-    """Whether the U-Net of a lone file predicts "eps" or "v", and what says so: not its weights."""
+def as_turbo(config: Config) -> Config:
+    """One step, without guidance: what the Turbo models were distilled for."""
+    return replace(config, name=f"{config.name} Turbo", image_size=512, sampler="euler_a_trailing",
+                   steps=1, guidance_scale=1.0)
+
+
+def prediction_of(path: Path, tensors: dict[str, Tensor], known: str | None) -> tuple[str, str]:
+    """Whether the U-Net of a lone file predicts "eps" or "v", and what says so."""
     yaml = path.with_suffix(".yaml")
     if yaml.is_file():
         found = re.search(r"""parameterization["']?:\s*["']?(eps|v)\b""", yaml.read_text("utf-8"))
@@ -641,6 +749,13 @@ def prediction_of(path: Path, tensors: dict[str, Tensor]) -> tuple[str, str]:
         return "v", "its metadata say so"
     if "v_pred" in tensors:
         return "v", "it holds a tensor v_pred"
+    if known:
+        return ("v" if "768" in known else "eps"), "as is known"
+    bias = tensors.get(f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    inputs = tensors[f"{UNET}.input_blocks.0.0.weight"].shape[1]
+    if f"{OPEN_TEXT}.token_embedding.weight" in tensors and bias is not None and inputs == 4:
+        spread = bias.float().std().item()            # a rule of thumb of ComfyUI's, for 2.x
+        return ("v" if spread > 0.09 else "eps"), f"a bias of it spreads by {spread:.3f}"
     return "eps", "nothing says otherwise; --prediction v would"
 
 
@@ -679,7 +794,8 @@ def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]
         if name not in tensors:
             raise InputError(f"{source} lacks {name}: no whole model; get it again")
         t = tensors[name]
-        if t.dtype not in CODES or t.shape not in (shape, (*shape, 1, 1)):
+        ones = (1, 1) if len(shape) == 4 and t.ndim == 2 else ()      # a 1x1 convolution or a Linear
+        if t.dtype not in CODES or (*t.shape, *ones) not in (shape, (*shape, 1, 1)):
             raise InputError(f"{source}: {name} is {t.dtype} {list(t.shape)} and should be "
                              f"{list(shape)} in 16 to 64 bits; get it again")
     others = [name for name in tensors if name not in wanted and not TABLES.fullmatch(name)]
@@ -707,7 +823,7 @@ def is_zero(t: Tensor) -> bool:
 
 # What a .safetensors calls the number formats
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-Row = tuple[Tensor, tuple[int, ...]]              # a tensor, and the shape to write it in
+Row = tuple[list[Tensor], tuple[int, ...]]        # a tensor's parts, and the shape to write it in
 
 
 def forget(t: Tensor) -> None:
@@ -729,8 +845,8 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
     None keeps each tensor's. Raises InputError for values that are not finite, and for a disk that
     is full."""
     header, at = {"__metadata__": metadata}, 0
-    for name, (tensor, shape) in rows.items():
-        kind = dtype or tensor.dtype
+    for name, (parts, shape) in rows.items():
+        kind = dtype or parts[0].dtype
         end = at + torch.Size(shape).numel() * kind.itemsize
         header[name] = {"dtype": CODES[kind], "shape": list(shape), "data_offsets": [at, end]}
         at = end
@@ -744,13 +860,15 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
     def write(beside: str) -> None:
         with open(beside, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
-            for name, (tensor, shape) in tqdm(rows.items(), "converting", unit="tensor"):
-                t = tensor.reshape(shape).to(dtype or tensor.dtype).contiguous()
+            for name, (parts, shape) in tqdm(rows.items(), "converting", unit="tensor"):
+                t = parts[0] if len(parts) == 1 else torch.cat(parts)
+                t = t.to(dtype or parts[0].dtype).reshape(shape).contiguous()
                 if not t.isfinite().all():
                     raise InputError(f"{name} holds values that are not finite in {t.dtype}; get "
                                      "the file again, or try --dtype float32")
                 file.write(t.view(torch.uint8).numpy().data)
-                forget(tensor)
+                for part in parts:
+                    forget(part)
 
     write_whole(path, write)
 
@@ -763,21 +881,23 @@ def as_trained(config: Config, path: Path, tensors: dict[str, Tensor], official:
     if official:
         with input_errors(f"{path} can't be used", "get another model"):
             schedule = schedule_of(tensors, config.schedule)
-            kind, why = prediction_of(path, tensors)
+            kind, why = prediction_of(path, tensors, known)
         config = replace(config, schedule=schedule, prediction=kind)
+        if "denoiser.sigmas" in tensors or "turbo" in (known or ""):
+            config = as_turbo(config)
     else:
         config = as_set(config, path)
         if (path / "scheduler" / "scheduler_config.json").exists():
             why = "its scheduler/ says so"
-    if known:
-        why = "as is known"
     if prediction:
         config, why = replace(config, prediction=prediction), "--prediction says so"
+    if config.prediction == "v" and config.text.activation == "gelu":
+        config = replace(config, name=SD2_V.name, image_size=SD2_V.image_size)
     where = "in a file that is not on record" if official else "in a diffusers folder"
     what = known or f"{config.name}, {where}"
     say(f"{path} is {what}; it predicts {config.prediction} ({why})")
     taken = {**asdict(config.schedule), "scale_factor": config.scale_factor}
-    usual = {**asdict(SD1.schedule), "scale_factor": SD1.scale_factor}
+    usual = {**asdict(SD1.schedule), "scale_factor": (SDXL if config.text_2 else SD1).scale_factor}
     for name in taken:
         if taken[name] != usual[name]:
             say(f"its {name} is {taken[name]}")
@@ -800,11 +920,13 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
     else:
         tensors = read_folder(path)
     refuse_others(tensors, source)
-    with input_errors(f"{source} is no Stable Diffusion 1.x", "README.md names files that are"):
+    with input_errors(f"{source} is no Stable Diffusion 1.x, 2.x or XL",
+                      "README.md names files that are"):
         config = config_of(tensors, official)
         entries = name_map(config)
     names = {ours: e.official if official else e.diffusers for ours, e in entries.items()}
-    check_tensors(tensors, {names[ours]: e.shape for ours, e in entries.items()}, source)
+    shapes = {ours: e.official_shape if official else e.shape for ours, e in entries.items()}
+    check_tensors(tensors, {names[ours]: shape for ours, shape in shapes.items()}, source)
     config = as_trained(config, path, tensors, official, known, prediction)
     backend = find_tokenizer(tokenizer, path)
     tokens, rows = backend.get_vocab_size(), config.text.vocab_size
@@ -815,7 +937,10 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
                 "tokenizer": backend.to_str()}
     with input_errors(f"{source} can't be used", "get it again"):
         check_header(metadata)
-    rows = {ours: (tensors[names[ours]], e.shape) for ours, e in entries.items()}
+    rows = {}
+    for ours, e in entries.items():
+        t = tensors[names[ours]]
+        rows[ours] = [ours_of(t, e) if official else t], e.shape
     write_safetensors(out, rows, dtype, metadata)
 
 
@@ -823,16 +948,21 @@ def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
     """A tiny_ldm weights file to a checkpoint in the official layout, without the schedule. Raises
     InputError."""
     c = Config.from_dict(json.loads(read_header(source)["config"]))
-    like = like_sd1(c.unet.in_channels, c.unet.channels, c.vae.channels, c.text)
-    others = [name for name in vars(c) if getattr(c, name) != getattr(like, name)
-              and name not in ("name", "image_size", "prediction")]
+    base = SDXL if c.text_2 else SD2 if c.text.activation == "gelu" else SD1
+    usual = like(replace(base, unet=replace(base.unet, in_channels=c.unet.in_channels)),
+                 c.unet.channels, c.vae.channels, c.text, c.text_2, c.unet.vector_dim)
+    others = [name for name in ("vae", "unet", "scale_factor", "schedule")
+              if getattr(c, name) != getattr(usual, name)]
     if others:
-        raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion 1.x (other: "
+        raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion (other: "
                          f"{', '.join(others)}), and the official layout has no place to say so; "
                          "use it as it is")
     tensors, entries = read_tensors(Path(source)), name_map(c)
     check_tensors(tensors, {ours: e.shape for ours, e in entries.items()}, source)
-    rows = {e.official: (tensors[ours], e.official_shape) for ours, e in entries.items()}
+    rows = {}
+    for ours, e in entries.items():                   # to_q, to_k, to_v come in this order
+        parts, _ = rows.setdefault(e.official, ([], e.official_shape))
+        parts.append(tensors[ours].T if e.turned else tensors[ours])
     kind = {"eps": "epsilon", "v": "v"}[c.prediction]
     write_safetensors(out, rows, dtype, {"format": "pt", "modelspec.prediction_type": kind})
 
