@@ -121,11 +121,13 @@ class UNetConfig:
     channels: int = 320           # so the levels are 320, 640, 1280, 1280 wide: 860 M parameters
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    # Transformer blocks at each level. None at the coarsest, 8 x 8: the middle, also 8 x 8, has one
+    # Transformer blocks at each level. None at the coarsest, 8 x 8: the middle, also 8 x 8, has as
+    # many as the level with the most
     transformer_depth: tuple[int, ...] = (1, 1, 1, 0)
     num_heads: int = 8            # at every level, so they get wider: 40, 80, 160; ...
     head_dim: int | None = None   # ... or else there are more of them: each is this wide
-    vector_dim: int | None = None         # width of the vector that is added to the timestep's
+    vector_dim: int | None = None         # width of a vector that is added to the timestep's: XL's
+                                          # pooled prompt, and 6 sizes written as 256 waves each
     norm_groups: int = 32
 
 
@@ -177,40 +179,46 @@ class Config:
     @staticmethod
     def from_dict(values: dict) -> "Config":
         """The inverse of `dataclasses.asdict`, from JSON (in which tuples have become lists)."""
-        parts = dict(text=TextConfig, vae=VAEConfig, unet=UNetConfig, schedule=ScheduleConfig)
-        if values.get("text_2"):
-            parts["text_2"] = TextConfig
-        built = {}
+        parts = dict(text=TextConfig, text_2=TextConfig, vae=VAEConfig, unet=UNetConfig,
+                     schedule=ScheduleConfig)
+        built = dict(values)
         for name, part in parts.items():
-            sizes = {key: tuple(value) if isinstance(value, list) else value
-                     for key, value in values[name].items()}
-            built[name] = part(**sizes)
-        return Config(**{**values, **built})
+            if values.get(name):
+                sizes = {key: tuple(value) if isinstance(value, list) else value
+                         for key, value in values[name].items()}
+                built[name] = part(**sizes)
+        return Config(**built)
+
+
+def for_inpainting(config: Config) -> Config:
+    """A model that has learned to repaint: its U-Net also sees a mask and the rest of a picture."""
+    return replace(config, name=f"{config.name} inpainting",
+                   unet=replace(config.unet, in_channels=9))
 
 
 # 1,066 M parameters: U-Net 860 M, VAE 84 M, text encoder 123 M
 SD1 = Config("Stable Diffusion 1.x", image_size=512)
-SD1_INPAINT = replace(SD1, name="Stable Diffusion 1.x inpainting", unet=UNetConfig(in_channels=9))
-# What changed after 1.x? Everything not named here is the same:
+SD1_INPAINT = for_inpainting(SD1)
+# What changed after 1.x? Everything not named here is the same.
 #
-#                       1.x             2.x                       XL
-#     text encoder      CLIP L          OpenCLIP H, trained on    CLIP L and OpenCLIP bigG side by
-#                                       public data               side: names, and a larger reader
-#     context           last layer      the layer before it, in both: the last one serves CLIP's
-#                                       own task, comparing texts with pictures
-#     heads             8 per level     64 wide: attention stays as fine where it is wide
-#     predicts          ε               ε (512 pixels), v (768)   ε
-#     levels, depth     4: 1 1 1 0      4: 1 1 1 0                3: 0 2 10, where it costs least
-#     also told         -               -                         the prompt as one vector; the
-#                                       picture's size, so that small ones could be trained on, too
+#                     1.x           2.x                     XL
+#     text encoder    CLIP L        OpenCLIP H, trained     CLIP L and OpenCLIP bigG, side by side
+#                                   on public data
+#     its GELU, pad   quick, EOS    exact, 0                L as in 1.x; bigG exact, 0
+#     context         last layer,   last layer but one,     last layers but one, no final norm (the
+#                     final norm    final norm              last layer serves CLIP's own task)
+#     heads           8 per level   64 wide: more of them where there are more channels
+#     predicts        ε             ε (512), v (768)        ε
+#     levels, depth   4: 1 1 1 0    4: 1 1 1 0              3: 0 2 10, most where places are few
+#     is also told    -             -                       each prompt as one vector, and sizes, so
+#                                                           that small pictures could be used, too
 SD2 = Config(
     "Stable Diffusion 2.x", image_size=512, sampler="ddim", steps=50, guidance_scale=9.0,
     text=TextConfig(width=1024, num_layers=24, num_heads=16, activation="gelu", pad_id=0,
                     penultimate=True),
     unet=UNetConfig(head_dim=64))
 SD2_V = replace(SD2, name="Stable Diffusion 2.x, v", image_size=768, prediction="v")
-SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting",
-                      unet=UNetConfig(in_channels=9, head_dim=64))
+SD2_INPAINT = for_inpainting(SD2)
 # 3,469 M parameters: U-Net 2,567 M, VAE 84 M, text encoders 123 M and 695 M
 SDXL = Config(
     "Stable Diffusion XL", image_size=1024, scale_factor=0.13025, sampler="euler_leading", steps=50,
@@ -219,9 +227,8 @@ SDXL = Config(
     text_2=TextConfig(width=1280, num_layers=32, num_heads=20, activation="gelu", pad_id=0,
                       penultimate=True, final_norm=False, pooled_dim=1280),
     unet=UNetConfig(channel_mult=(1, 2, 4), transformer_depth=(0, 2, 10), head_dim=64,
-                    vector_dim=1280 + 6 * 256))
-SDXL_INPAINT = replace(SDXL, name="Stable Diffusion XL inpainting",
-                       unet=replace(SDXL.unet, in_channels=9))
+                    vector_dim=2816))
+SDXL_INPAINT = for_inpainting(SDXL)
 # 8.6 M parameters: U-Net 5.2 M, VAE 2.7 M, text encoder 0.7 M
 SHAPES = Config(
     "shapes",
@@ -714,8 +721,8 @@ class Tokenizer:
     """Prompts to ids [B, L]: BOS, up to L − 2 pieces, EOS, and padding.
 
     Careful: Stable Diffusion 1.x pads with EOS, and the U-Net sees the padding like any word;
-    OpenAI's own CLIP and OpenCLIP pad with 0. The cutting is done by a tokenizer of the `tokenizers` library.
-    CLIP's and that of a new model differ in their tables only.
+    OpenAI's own CLIP and OpenCLIP pad with 0. The cutting is done by a tokenizer of the
+    `tokenizers` library. CLIP's and that of a new model differ in their tables only.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int, pad_id: int | None = None):
@@ -794,10 +801,12 @@ class TextLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))     # each gathers from the words before it
         h = self.fc1(self.norm2(x))               # then each one thinks by itself
-        if self.activation == "gelu":
-            return x + self.fc2(F.gelu(h))
         # Careful, "quick GELU": CLIP was trained with this approximation, OpenCLIP with GELU
-        return x + self.fc2(h * torch.sigmoid(1.702 * h))
+        if self.activation == "quick_gelu":
+            h = h * torch.sigmoid(1.702 * h)
+        else:
+            h = F.gelu(h)
+        return x + self.fc2(h)
 
 
 class TextEncoder(nn.Module):
@@ -806,8 +815,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, c: TextConfig):
         super().__init__()
-        self.penultimate = c.penultimate
-        self.has_final_norm = c.final_norm
+        self.config = c
         self.token_embedding = nn.Embedding(c.vocab_size, c.width)
         self.position_embedding = nn.Embedding(c.max_length, c.width)
         self.layers = nn.Sequential()
@@ -818,27 +826,26 @@ class TextEncoder(nn.Module):
             self.projection = nn.Linear(c.width, c.pooled_dim, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        before, last = self.last_two(ids)
-        context = before if self.penultimate else last
-        if self.has_final_norm:
-            context = self.final_norm(context)
+        context, _ = self.context_and_last(ids)
         return context
 
-    def last_two(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes out of the last layer but one, and of the last, [B, L, D] each."""
+    def context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The context, and what comes out of the last layer, [B, L, D] each."""
         length = ids.shape[1]
         x = self.token_embedding(ids)                             # [B, L, D]   what
         x = x + self.position_embedding.weight[:length]           # + [L, D]    where
         before = self.layers[:-1](x)
-        return before, self.layers[-1](before)
+        last = self.layers[-1](before)
+        context = before if self.config.penultimate else last
+        if self.config.final_norm:
+            context = self.final_norm(context)
+        return context, last
 
-    def pooled(self, ids: Tensor, eos: int) -> Tensor:
-        """The prompt as one vector [B, 1280]: CLIP's own output, which it compares with pictures'.
-        It is read at the first EOS, the one place that has seen all words and no padding."""
-        _, last = self.last_two(ids)
-        place = (ids == eos).int().argmax(dim=1)                  # [B]
-        rows = torch.arange(len(ids), device=ids.device)
-        return self.projection(self.final_norm(last)[rows, place])
+    def pooled(self, last: Tensor, ids: Tensor, eos: int) -> Tensor:
+        """The prompt as one vector [B, 1280]: what CLIP compares with pictures. It is read at the
+        first EOS, the one place that has seen all words and no padding."""
+        first_eos = (ids == eos).int().argmax(dim=1)              # [B]
+        return self.projection(self.final_norm(last)[torch.arange(len(ids)), first_eos])
 
 
 # %% Look: a tokenizer learns
@@ -960,6 +967,11 @@ class UNetBlock(nn.ModuleList):
         return x
 
 
+def embedding_layers(in_dim: int, emb_dim: int) -> nn.Sequential:
+    """What makes one vector [B, E] of what all blocks are told."""
+    return nn.Sequential(nn.Linear(in_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+
 def unet_layers(c: UNetConfig, context_dim: int, in_channels: int, out_channels: int,
                 depth: int) -> list[nn.Module]:
     """A ResBlock and, where depth is not 0, a SpatialTransformer after it."""
@@ -973,7 +985,7 @@ def unet_layers(c: UNetConfig, context_dim: int, in_channels: int, out_channels:
 
 class UNet(nn.Module):
     """x [B, C, h, w] noisy latents, t [B] int or float, context [B, L, D] -> the guess [B, 4, h,
-    w].
+    w]. vector [B, V]: what Stable Diffusion XL is told besides (`LatentDiffusion.added_vector`).
 
     Three lists of blocks, as in the original. R ResBlock, A SpatialTransformer (SD 1.x):
 
@@ -1003,11 +1015,9 @@ class UNet(nn.Module):
         widths = [c.channels * mult for mult in c.channel_mult]
         emb_dim = 4 * c.channels                                  # E
         self.channels = c.channels
-        self.time_embedding = nn.Sequential(nn.Linear(c.channels, emb_dim), nn.SiLU(),
-                                            nn.Linear(emb_dim, emb_dim))
+        self.time_embedding = embedding_layers(c.channels, emb_dim)
         if c.vector_dim is not None:
-            self.vector_embedding = nn.Sequential(nn.Linear(c.vector_dim, emb_dim), nn.SiLU(),
-                                                  nn.Linear(emb_dim, emb_dim))
+            self.vector_embedding = embedding_layers(c.vector_dim, emb_dim)
         channels = c.channels
         conv_in = nn.Conv2d(c.in_channels, channels, 3, padding=1)
         self.down_blocks = nn.ModuleList([UNetBlock([conv_in])])
@@ -1037,7 +1047,8 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(c.norm_groups, channels, eps=1e-5)
         self.conv_out = zero_module(nn.Conv2d(channels, c.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor,
+                vector: Tensor | None = None) -> Tensor:
         waves = timestep_embedding(t, self.channels)              # [B, 320]
         emb = self.time_embedding(waves.to(x.dtype))              # [B, E]   E = 1280
         if vector is not None:
@@ -1153,13 +1164,14 @@ def leading(steps: int, sigmas: np.ndarray) -> Levels:
 def leading_to_zero(steps: int, sigmas: np.ndarray) -> Levels:
     """The same timesteps, but the last step goes to σ = 0: Euler for Stable Diffusion XL."""
     levels = leading(steps, sigmas)
-    return Levels(levels.timesteps, [*levels.alpha_bars[:-1], 1.0])
+    levels.alpha_bars[-1] = 1.0
+    return levels
 
 
 def trailing(steps: int, sigmas: np.ndarray) -> Levels:
-    """t = 999, 749, 499, 249 for S = 4: the first step begins where there is nothing but noise.
-    With few steps that counts: Turbo, a model that was trained to need no more than four (Sauer et
-    al. 2023, arXiv:2311.17042)."""
+    """t = 999, 749, 499, 249 for S = 4: the first step begins where there is most noise. With few
+    steps that counts: Turbo, a model that was trained to need no more than four (Sauer et al. 2023,
+    arXiv:2311.17042)."""
     stops = np.linspace(len(sigmas), 0, steps, endpoint=False)
     timesteps = stops.round().astype(int) - 1
     return levels_of(timesteps, sigmas[timesteps])
@@ -1375,7 +1387,7 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.text_encoder = TextEncoder(config.text)
-        if config.text_2 is not None:
+        if config.text_2:
             self.text_encoder_2 = TextEncoder(config.text_2)
         self.unet = UNet(config.unet, config.context_dim)
         self.vae = VAE(config.vae)
@@ -1431,16 +1443,16 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, prompts: str | list[str]) -> Tensor | Text:
-        """["a prompt", ...] -> context [B, L, D]; in Stable Diffusion XL with the pooled vectors."""
+        """["a prompt", ...] -> context [B, L, D]; in Stable Diffusion XL with the pooled vector."""
         ids = self.tokenizer(prompts).to(self.device)             # [B, L]
         context = self.text_encoder(ids)
-        if self.config.text_2 is None:
+        if not self.config.text_2:
             return context
-        eos, pad_id = self.tokenizer.eos, self.config.text_2.pad_id
-        is_padding = (ids == eos).int().cumsum(dim=1) > 1         # all after the first EOS
-        ids = ids.masked_fill(is_padding, pad_id)
-        both = torch.cat([context, self.text_encoder_2(ids)], dim=-1)
-        return Text(both, self.text_encoder_2.pooled(ids, eos))
+        t = self.tokenizer
+        ids = Tokenizer(t.backend, t.max_length, self.config.text_2.pad_id)(prompts).to(self.device)
+        context_2, last = self.text_encoder_2.context_and_last(ids)
+        pooled = self.text_encoder_2.pooled(last, ids, t.eos)
+        return Text(torch.cat([context, context_2], dim=-1), pooled)
 
     def added_vector(self, pooled: Tensor, sizes: Tensor) -> Tensor:
         """The vector that Stable Diffusion XL adds to the timestep's: pooled [B, 1280] and sizes
@@ -1450,7 +1462,7 @@ class LatentDiffusion(nn.Module):
         first (generative-models helpers.py:191). Small originals look scaled up, crops cut off.
         """
         waves = timestep_embedding(sizes.flatten(), 256)          # [B·6, 256]
-        waves = waves.reshape(len(sizes), -1).to(pooled.device, pooled.dtype)
+        waves = waves.reshape(len(sizes), -1).to(pooled)          # [B, 1536]
         return torch.cat([pooled, waves], dim=-1)
 
     @torch.no_grad()
@@ -1481,11 +1493,10 @@ class LatentDiffusion(nn.Module):
             text = self.encode_text(prompts)
         if isinstance(text, Tensor):
             text = Text(text)
-        context = text.context.to(self.device, self.dtype).repeat_interleave(repeats, dim=0)
-        if text.pooled is None:
-            return Text(context)
-        pooled = text.pooled.to(self.device, self.dtype)
-        return Text(context, pooled.repeat_interleave(repeats, dim=0))
+        given = [part for part in text if part is not None]
+        parts = [part.to(self.device, self.dtype).repeat_interleave(repeats, dim=0)
+                 for part in given]
+        return Text(*parts)
 
     def texts(self, prompt: str | list[str] | Tensor | Text,
               negative_prompt: str | list[str] | Tensor | Text | None, guidance_scale: float,
@@ -1495,10 +1506,12 @@ class LatentDiffusion(nn.Module):
         text = self.text_of(prompt, batch_size)
         if guidance_scale == 1:
             return [text]
-        if negative_prompt is None and text.pooled is not None:
-            # Where Stable Diffusion XL's training dropped the caption, it put zeros
-            return [Text(torch.zeros_like(text.context), torch.zeros_like(text.pooled)), text]
-        negative = self.text_of("" if negative_prompt is None else negative_prompt, 1)
+        if negative_prompt is None:
+            if text.pooled is not None:
+                # Where Stable Diffusion XL's training dropped the caption, it put zeros
+                return [Text(*[torch.zeros_like(part) for part in text]), text]
+            negative_prompt = ""
+        negative = self.text_of(negative_prompt, 1)
         return [self.text_of(negative, len(text.context) // len(negative.context)), text]
 
     def predict_eps(self, x: Tensor, t: float, alpha_bar: float, *, texts: list[Text],
@@ -1512,7 +1525,7 @@ class LatentDiffusion(nn.Module):
         times = torch.full((len(inputs),), t, device=self.device)
         context = torch.cat([text.context for text in texts])
         vector = None
-        if self.config.text_2 is not None:
+        if self.config.text_2:
             size = [side * self.config.vae_stride for side in x.shape[2:]]
             sizes = torch.tensor([*size, 0, 0, *size]).expand(len(inputs), 6)
             vector = self.added_vector(torch.cat([text.pooled for text in texts]), sizes)
@@ -1534,14 +1547,14 @@ class LatentDiffusion(nn.Module):
         """Makes pictures and yields every step; `decode_latents(step.x)` shows how far they are.
 
         prompt: a string, a list, or what `encode_text` gave; each is used batch_size times.
-        negative_prompt: one for all, or one per prompt; None is the empty prompt (XL: zeros). steps 1 to 1000,
-        sampler (a name in SAMPLERS), guidance_scale: None takes the config's. eta 0 to 1: for ddim.
-        seed: picture i draws all its noise from its own generator, seeded with seed + i, on the CPU
-        and in float32, so the noise is the same alone or in a batch and on every device. width,
-        height: multiples of the config's stride. latents [B, 4, h, w]: the noise to start from.
-        image [B or 1, 3, H, W] in [−1, 1]: start from this with noise in it; strength 0 gives it
-        back, 1 forgets it. mask, bool [1, 1, H, W]: where it is False the image stays. (Section 11
-        makes both from pictures of any size.)
+        negative_prompt: one for all, or one per prompt; None is the empty prompt (XL: zeros).
+        steps 1 to 1000, sampler (a name in SAMPLERS), guidance_scale: None takes the config's. eta
+        0 to 1: for ddim. seed: picture i draws all its noise from its own generator, seeded with
+        seed + i, on the CPU and in float32, so the noise is the same alone or in a batch and on
+        every device. width, height: multiples of the config's stride. latents [B, 4, h, w]: the
+        noise to start from. image [B or 1, 3, H, W] in [−1, 1]: start from this with noise in it;
+        strength 0 gives it back, 1 forgets it. mask, bool [1, 1, H, W]: where it is False the image
+        stays. (Section 11 makes both from pictures of any size.)
         """
         c = self.config
         steps = steps or c.steps
@@ -1619,9 +1632,10 @@ class LatentDiffusion(nn.Module):
         return torch.cat([small.expand_as(rest[:, :1]), rest], dim=1), None
 
     def generate(self, prompt: str | list[str] | Tensor | Text,
-                 negative_prompt: str | list[str] | Tensor | Text | None = None, *, progress: bool = True,
-                 on_step: Callable[[Step], None] | None = None, image: Tensor | None = None,
-                 mask: Tensor | None = None, **settings) -> list[Image.Image]:
+                 negative_prompt: str | list[str] | Tensor | Text | None = None, *,
+                 progress: bool = True, on_step: Callable[[Step], None] | None = None,
+                 image: Tensor | None = None, mask: Tensor | None = None,
+                 **settings) -> list[Image.Image]:
         """The pictures. All settings are those of `denoise`. progress: a bar on stderr; on_step is
         called with every step."""
         steps = settings.get("steps") or self.config.steps
@@ -2214,7 +2228,7 @@ def check_header(header: dict[str, str]) -> None:
     vocab = tokenizer["model"]["vocab"]
     added = len(tokenizer["added_tokens"]) - 2        # besides BOS and EOS
     c.name.encode()                       # no half letters
-    for part in (c, c.text, c.vae, c.unet, c.schedule):
+    for part in filter(None, (c, c.text, c.text_2, c.vae, c.unet, c.schedule)):
         for it in fields(part):
             value = getattr(part, it.name)
             if it.type == "int" and (type(value) is not int or not 0 < value < 65536):
@@ -2279,6 +2293,8 @@ def load(path: str | Path | None = None, device: str | torch.device = "auto",
     read_header(path)
     with input_errors(f"{path} is damaged", "get it again, or make it anew"):
         ldm = lesson_load(path, device, dtype)
+    if ldm.config.text_2 and ldm.dtype == torch.float16:
+        ldm.vae.float()                      # whose numbers get too large for float16
     if device.type != "cpu" or ldm.dtype != torch.float32:
         # Channels innermost is faster, but on a CPU in float32, where the plain order needs no
         # copies
@@ -2606,8 +2622,8 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     elif weights is not None:
         ldm = LatentDiffusion.load(weights, "cpu")
     config = ldm.config if ldm else config
-    if config.unet.in_channels != config.vae.latent_channels:
-        raise InputError(f"{weights} is an inpainting model, which can't be trained here")
+    if config.unet.in_channels != config.vae.latent_channels or config.text_2:
+        raise InputError(f"{weights} is {config.name}, which can't be trained here")
     data = ShapesData(config.image_size, seed)
     if folder:
         data = FolderData(Path(folder), config.image_size, seed)

@@ -1,4 +1,5 @@
-"""weights_convert: official Stable Diffusion 1.x checkpoints to tiny_ldm weights files, and back.
+"""weights_convert: official Stable Diffusion checkpoints (1.x, 2.x, XL) to tiny_ldm weights files,
+and back.
 
     python weights_convert.py v1-5-pruned-emaonly.ckpt --tokenizer bpe_simple_vocab_16e6.txt.gz
     python weights_convert.py stable-diffusion-v1-5/stable-diffusion-v1-5
@@ -37,9 +38,9 @@ from tqdm import tqdm
 
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, SDXL, SDXL_INPAINT,
-                      ArgumentParser, Config, InputError, LatentDiffusion, ScheduleConfig, TextConfig, check_file, check_header,
-                      check_output, clip_backend, input_errors, make_alphas_cumprod, read_header,
-                      say, write_whole)
+                      ArgumentParser, Config, InputError, LatentDiffusion, ScheduleConfig,
+                      TextConfig, check_file, check_header, check_output, clip_backend,
+                      input_errors, make_alphas_cumprod, read_header, say, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -216,41 +217,32 @@ def ours_of(t: Tensor, e: Entry) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # A checkpoint is mapped into memory, not read: its tensors are touched one by one, when written.
 
-KNOWN = {   # by sha256; of the first three the size is known only roughly
-    "86cd1d3ccb044d7ba8db743d717c9bac603c4043508ad2571383f954390f3cea": "sd-v1-1.ckpt",
-    "3b87d30facd5bafca1cbed71cfb86648aad75d1c264663c0cc78c7aea8daec0d": "sd-v1-2.ckpt",
-    "2cff93af4dcc07c3e03110205988ff98481e86539c51a8098d4f2236e41f7f2f": "sd-v1-3.ckpt",
-    "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556": "sd-v1-4.ckpt",
-    "cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516": "v1-5-pruned-emaonly.ckpt",
-    "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa":
-        "v1-5-pruned-emaonly.safetensors",
-    "e1441589a6f3c5a53f5f54d0975a18a7feb7cdf0b0dee276dfc3331ae376a053": "v1-5-pruned.ckpt",
-    "1a189f0be69d6106a48548e7626207dddd7042a418dbf372cefd05e0cdba61b6": "v1-5-pruned.safetensors",
-    "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19": "sd-v1-5-inpainting.ckpt",
-    "d635794c1fedfdfa261e065370bea59c651fc9bfa65dc6d67ad29e11869a1824": "512-base-ema.ckpt (2.0)",
-    "bfcaf0755797b0c30eb00a3787e8b423eb1f5decd8de76c4d824ac2dd27e139f": "768-v-ema.ckpt (2.0)",
-    "2a208a7ded5d42dcb0c0ec908b23c631002091e06afe7e76d16cd11079f8d4e3": "512-inpainting-ema.ckpt",
-    "b29e2ed9a8fe58e76f7e801bda091d23738bd74c1da3f339bcbe2d40922fcb60":
-        "512-inpainting-ema.safetensors",
-    "88ecb782561455673c4b78d05093494b9c539fc6bfc08f3a9a4a0dd7b0b10f36": "v2-1_512-ema-pruned.ckpt",
-    "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2":
-        "v2-1_512-ema-pruned.safetensors",
-    "fc4f9fe7528b2ee3de21971fb805bbf74d680bf1ab5b5f9c08379b0397b82a9d":
-        "v2-1_512-nonema-pruned.safetensors",
-    "ad2a33c361c1f593c4a1fb32ea81afce2b5bb7d1983c6b94793a26a3b54b08a0": "v2-1_768-ema-pruned.ckpt",
-    "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac":
-        "v2-1_768-ema-pruned.safetensors",
-    "ff144a49841cf383adbc68841272ce639e1032b0a1f0f6586347feb953c244f4":
-        "v2-1_768-nonema-pruned.safetensors",
-    "3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549": "sd_turbo.safetensors",
-    "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b":
-        "sd_xl_base_1.0.safetensors",
-    "e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff":
-        "sd_xl_base_1.0_0.9vae.safetensors",
-    "e869ac7d6942cb327d68d5ed83a40447aadf20e0c3358d98b2cc9e270db0da26":
-        "sd_xl_turbo_1.0_fp16.safetensors",
-    "9730e344ed7098b31e435c9df23be162b95385a764ba36f491316af2925546f4":
-        "sd_xl_turbo_1.0.safetensors"}
+KNOWN = dict(line.split(maxsplit=1) for line in """
+86cd1d3ccb044d7ba8db743d717c9bac603c4043508ad2571383f954390f3cea sd-v1-1.ckpt
+3b87d30facd5bafca1cbed71cfb86648aad75d1c264663c0cc78c7aea8daec0d sd-v1-2.ckpt
+2cff93af4dcc07c3e03110205988ff98481e86539c51a8098d4f2236e41f7f2f sd-v1-3.ckpt
+fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556 sd-v1-4.ckpt
+cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516 v1-5-pruned-emaonly.ckpt
+6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa v1-5-pruned-emaonly.safetensors
+e1441589a6f3c5a53f5f54d0975a18a7feb7cdf0b0dee276dfc3331ae376a053 v1-5-pruned.ckpt
+1a189f0be69d6106a48548e7626207dddd7042a418dbf372cefd05e0cdba61b6 v1-5-pruned.safetensors
+c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19 sd-v1-5-inpainting.ckpt
+d635794c1fedfdfa261e065370bea59c651fc9bfa65dc6d67ad29e11869a1824 512-base-ema.ckpt (2.0)
+bfcaf0755797b0c30eb00a3787e8b423eb1f5decd8de76c4d824ac2dd27e139f 768-v-ema.ckpt (2.0)
+2a208a7ded5d42dcb0c0ec908b23c631002091e06afe7e76d16cd11079f8d4e3 512-inpainting-ema.ckpt
+b29e2ed9a8fe58e76f7e801bda091d23738bd74c1da3f339bcbe2d40922fcb60 512-inpainting-ema.safetensors
+88ecb782561455673c4b78d05093494b9c539fc6bfc08f3a9a4a0dd7b0b10f36 v2-1_512-ema-pruned.ckpt
+df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2 v2-1_512-ema-pruned.safetensors
+fc4f9fe7528b2ee3de21971fb805bbf74d680bf1ab5b5f9c08379b0397b82a9d v2-1_512-nonema-pruned.safetensors
+ad2a33c361c1f593c4a1fb32ea81afce2b5bb7d1983c6b94793a26a3b54b08a0 v2-1_768-ema-pruned.ckpt
+dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac v2-1_768-ema-pruned.safetensors
+ff144a49841cf383adbc68841272ce639e1032b0a1f0f6586347feb953c244f4 v2-1_768-nonema-pruned.safetensors
+3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549 sd_turbo.safetensors
+31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b sd_xl_base_1.0.safetensors
+e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff sd_xl_base_1.0_0.9vae.safetensors
+e869ac7d6942cb327d68d5ed83a40447aadf20e0c3358d98b2cc9e270db0da26 sd_xl_turbo_1.0_fp16.safetensors
+9730e344ed7098b31e435c9df23be162b95385a764ba36f491316af2925546f4 sd_xl_turbo_1.0.safetensors
+""".strip().splitlines())
 KNOWN_SIZES = [(4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000),
                (5_214_000_000, 5_215_000_000), (6_938_000_000, 6_939_000_000),
                (13_875_000_000, 13_876_000_000)]
@@ -462,6 +454,8 @@ def best_files(source: str | Path, there: list[str]) -> dict[str, str]:
     parts = ["unet", "vae", "text_encoder"]
     if any(name.startswith("text_encoder_2/") for name in there):
         parts.append("text_encoder_2")
+        if not any(name.startswith("text_encoder/") for name in there):
+            raise InputError(f"{source} is the refiner of Stable Diffusion XL, no model by itself")
     for part in parts:
         found = [name for name in part_files(part) if name in there]
         if not found:
@@ -608,7 +602,7 @@ def find_tokenizer(given: str | None, path: Path) -> tokenizers.Tokenizer:
 
 def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
     """Names what is no Stable Diffusion 1.x, 2.x or XL. Raises InputError."""
-    marks = {"Stable Diffusion 3": r"\bjoint_blocks\.|^transformer\.joint", "Flux": r"\bdouble_blocks\.",
+    marks = {"Stable Diffusion 3": r"\bjoint_blocks\.", "Flux": r"\bdouble_blocks\.",
              "CosXL, whose schedule is another": r"^edm_vpred\.sigma_max$",
              "Playground, whose schedule is another": r"^edm_mean$"}
     if f"{OPEN_TEXT}.token_embedding.weight" in tensors:
@@ -651,7 +645,9 @@ def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
     if f"{XL_TEXT_2}.token_embedding.weight" in tensors or any(
             name.startswith("text_encoder_2.") for name in tensors):
         base = SDXL
-    elif f"{OPEN_TEXT}.token_embedding.weight" in tensors or linear is not None and linear.ndim == 2:
+    elif f"{OPEN_TEXT}.token_embedding.weight" in tensors:
+        base = SD2
+    elif linear is not None and linear.ndim == 2:
         base = SD2
     conv_in, vae_conv_in = shape("unet.down_blocks.0.0"), shape("vae.encoder.0")
     inpainting = {SD1: SD1_INPAINT, SD2: SD2_INPAINT, SDXL: SDXL_INPAINT}
@@ -794,7 +790,7 @@ def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]
         if name not in tensors:
             raise InputError(f"{source} lacks {name}: no whole model; get it again")
         t = tensors[name]
-        ones = (1, 1) if len(shape) == 4 and t.ndim == 2 else ()      # a 1x1 convolution or a Linear
+        ones = (1, 1) if len(shape) == 4 and t.ndim == 2 else ()      # a Linear for a convolution
         if t.dtype not in CODES or (*t.shape, *ones) not in (shape, (*shape, 1, 1)):
             raise InputError(f"{source}: {name} is {t.dtype} {list(t.shape)} and should be "
                              f"{list(shape)} in 16 to 64 bits; get it again")

@@ -138,6 +138,134 @@ def reference_models(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> tu
     return tuple(model.eval().requires_grad_(False) for model in (text, unet, vae))
 
 
+def reference_siblings(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> dict:
+    """The same for Stable Diffusion 2.x and XL: text_encoder, text_encoder_2 (XL), unet, vae."""
+    import diffusers
+    import transformers
+    from diffusers.loaders import single_file_utils as rules
+
+    def text_config(text, layers, act):
+        return transformers.CLIPTextConfig(
+            vocab_size=text.vocab_size, hidden_size=text.width, intermediate_size=4 * text.width,
+            num_hidden_layers=layers, num_attention_heads=text.num_heads, hidden_act=act,
+            projection_dim=text.width, bos_token_id=0, eos_token_id=1)
+
+    def open_clip(model, prefix):
+        named = rules.convert_open_clip_checkpoint(model, tensors, prefix)
+        named = {name.removeprefix("text_model."): t for name, t in named.items()}
+        own = {name: named[name.removeprefix("text_model.")] for name in model.state_dict()}
+        model.load_state_dict(own, assign=True)
+        return model
+
+    models, depth = {}, c.unet.transformer_depth
+    down = ["CrossAttnDownBlock2D" if blocks else "DownBlock2D" for blocks in depth]
+    heads = tuple(max(1, c.unet.channels * mult // 64) for mult in c.unet.channel_mult)
+    settings = {}
+    if c.text_2:
+        settings = dict(addition_embed_type="text_time", addition_time_embed_dim=256,
+                        projection_class_embeddings_input_dim=c.text_2.width + 6 * 256,
+                        transformer_layers_per_block=tuple(max(1, blocks) for blocks in depth))
+        text = transformers.CLIPTextModel(text_config(c.text, c.text.num_layers, "quick_gelu"))
+        prefix = "conditioner.embedders.0.transformer.text_model."
+        named = {name.removeprefix(prefix): t for name, t in tensors.items()
+                 if name.startswith(prefix) and not name.endswith("position_ids")}
+        getattr(text, "text_model", text).load_state_dict(named, assign=True)
+        models["text_encoder"] = text
+        text_2 = transformers.CLIPTextModelWithProjection(
+            text_config(c.text_2, c.text_2.num_layers, "gelu"))
+        models["text_encoder_2"] = open_clip(text_2, "conditioner.embedders.1.model.")
+    else:
+        text = transformers.CLIPTextModel(text_config(c.text, c.text.num_layers - 1, "gelu"))
+        models["text_encoder"] = open_clip(text, "cond_stage_model.model.")
+    unet = diffusers.UNet2DConditionModel(
+        cross_attention_dim=c.context_dim, attention_head_dim=heads, use_linear_projection=True,
+        down_block_types=down, up_block_types=[name.replace("Down", "Up") for name in down[::-1]],
+        block_out_channels=tuple(c.unet.channels * mult for mult in c.unet.channel_mult),
+        in_channels=c.unet.in_channels, **settings)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+        block_out_channels=tuple(c.vae.channels * mult for mult in c.vae.channel_mult))
+    unet.load_state_dict(rules.convert_ldm_unet_checkpoint(tensors, unet.config), assign=True)
+    vae.load_state_dict(rules.convert_ldm_vae_checkpoint(tensors, vae.config), assign=True)
+    models.update(unet=unet, vae=vae)
+    return {name: model.eval().requires_grad_(False) for name, model in models.items()}
+
+
+def padded(ids: torch.Tensor, pad: int) -> torch.Tensor:
+    """Prompts of ids that end at place 9, with the end token 1."""
+    ids = ids.clone()
+    ids[ids == 1] = 2
+    ids[:, 9], ids[:, 10:] = 1, pad
+    return ids
+
+
+SIZES = torch.tensor([[1024, 768, 5, 9, 128, 192]] * 2)       # unequal, so that their order shows
+
+
+@torch.no_grad()
+def our_sibling_outputs(ldm: LatentDiffusion, dtype=torch.float64, steps: int = 10) -> dict:
+    i, xl = inputs(dtype), bool(ldm.config.text_2)
+    ids = padded(i["ids"], 1 if xl else 0)
+    text = tiny_ldm.Text(ldm.text_encoder(ids))
+    vector = None
+    if xl:
+        ids = padded(i["ids"], 0)
+        context, last = ldm.text_encoder_2.context_and_last(ids)
+        text = tiny_ldm.Text(torch.cat([text.context, context], dim=-1),
+                             ldm.text_encoder_2.pooled(last, ids, eos=1))
+        vector = ldm.added_vector(text.pooled, SIZES)
+    prompt = tiny_ldm.Text(*[part[:1] for part in text if part is not None])
+    negative = None if xl else text.context[1:]
+    *_, last = ldm.denoise(prompt, negative, sampler="euler_leading" if xl else "ddim", steps=steps,
+                           guidance_scale=7.5, latents=i["start"])
+    found = {"text encoder": text.context, "pooled": text.pooled}
+    for t in (1, 981):
+        found[f"U-Net, t = {t}"] = ldm.unet(i["x"], torch.tensor([t, t]), text.context, vector)
+    found["VAE, encode"] = torch.cat(ldm.vae.encode(i["image"]), dim=1)
+    found.update({"VAE, decode": ldm.vae.decode(i["z"]), "walk": last.x})
+    return {name: t for name, t in found.items() if t is not None}
+
+
+@torch.no_grad()
+def their_sibling_outputs(models: dict, prediction: str, dtype=torch.float64, steps: int = 10
+                          ) -> dict:
+    import diffusers
+    i, xl, found = inputs(dtype), "text_encoder_2" in models, {}
+    ids = padded(i["ids"], 1 if xl else 0)
+    hidden = models["text_encoder"](ids, output_hidden_states=True)
+    context, negative, more, sizes = hidden.last_hidden_state, None, {}, SIZES.to(dtype)
+    settings = dict(SD1_SCHEDULE, steps_offset=1, prediction_type=prediction)
+    if xl:
+        both = models["text_encoder_2"](padded(i["ids"], 0), output_hidden_states=True)
+        context = torch.cat([hidden.hidden_states[-2], both.hidden_states[-2]], dim=-1)
+        found["pooled"] = pooled = both.text_embeds
+        more = dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=sizes))
+        scheduler = diffusers.EulerDiscreteScheduler(**settings, timestep_spacing="leading")
+        negative = torch.zeros_like(context[:1])
+    else:
+        scheduler = diffusers.DDIMScheduler(**settings, clip_sample=False, set_alpha_to_one=False)
+        negative = context[1:]
+    unet, vae = models["unet"], models["vae"]
+    for t in (1, 981):
+        found[f"U-Net, t = {t}"] = unet(i["x"], t, context, **more).sample
+    scheduler.set_timesteps(steps)
+    x = i["start"] * scheduler.init_noise_sigma
+    if xl:
+        size = torch.tensor([[128, 192, 0, 0, 128, 192]] * 2).to(dtype)
+        vectors = torch.cat([torch.zeros_like(pooled[:1]), pooled[:1]])
+        more = dict(added_cond_kwargs=dict(text_embeds=vectors, time_ids=size))
+    for t in scheduler.timesteps:
+        asked = scheduler.scale_model_input(torch.cat([x, x]), t)
+        guesses = unet(asked, t, torch.cat([negative, context[:1]]), **more).sample
+        without, with_prompt = guesses.chunk(2)
+        x = scheduler.step(without + 7.5 * (with_prompt - without), t, x).prev_sample
+    posterior = vae.encode(i["image"]).latent_dist
+    return {"text encoder": context, **found,
+            "VAE, encode": torch.cat([posterior.mean, posterior.logvar], dim=1),
+            "VAE, decode": vae.decode(i["z"]).sample, "walk": x}
+
+
 def reference_scheduler(sampler: str):
     """What one of our samplers is called in diffusers."""
     import diffusers
@@ -148,6 +276,9 @@ def reference_scheduler(sampler: str):
         "plms": ("PNDM", dict(skip_prk_steps=True, set_alpha_to_one=False, **leading)),
         "euler": ("EulerDiscrete", {}),
         "euler_a": ("EulerAncestralDiscrete", {}),
+        "euler_leading": ("EulerDiscrete", leading),
+        "euler_trailing": ("EulerDiscrete", dict(timestep_spacing="trailing")),
+        "euler_a_trailing": ("EulerAncestralDiscrete", dict(timestep_spacing="trailing")),
         "dpmpp_2m": ("DPMSolverMultistep", {}),
         "dpmpp_2m_karras": ("DPMSolverMultistep", dict(use_karras_sigmas=True))}[sampler]
     kind = getattr(diffusers, f"{name}Scheduler")
@@ -181,7 +312,7 @@ def comparison(d: Path, config, vocabulary: Path, steps: int, factor: float = 1.
     """Writes a checkpoint, converts it by the command, and compares all networks, a whole walk and
     its picture with the references', in float32. One of the two models is in memory at a time."""
     source, out = d / "sd1.safetensors", d / "t.safetensors"
-    rows = {e.official: (synthetic(e.official, e.official_shape, factor), e.official_shape)
+    rows = {e.official: ([synthetic(e.official, e.official_shape, factor)], e.official_shape)
             for e in weights_convert.name_map(config).values()}
     weights_convert.write_safetensors(source, rows, torch.float32, {})
     del rows
