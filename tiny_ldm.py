@@ -2059,7 +2059,9 @@ def input_errors(what: str, cure: str) -> Iterator[None]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """PyTorch has no type of its own for it on a CPU."""
-    return isinstance(error, MemoryError) or bool(re.search("alloc|out of memory", str(error)))
+    signs = "allocate memory|bad_alloc|out of memory|create a primitive"
+    said = re.search(signs, str(error)) is not None
+    return isinstance(error, MemoryError) or said and not isinstance(error, InputError)
 
 
 def shortened(text: str, width: int = 60) -> str:
@@ -2070,12 +2072,13 @@ def shortened(text: str, width: int = 60) -> str:
 
 def say(message: str) -> None:
     """A line for the user, next to the progress bar."""
-    print(f"tiny_ldm: {message}", file=sys.stderr)
+    print(f"tiny_ldm: {shortened(message, 1000)}", file=sys.stderr)
 
 
 RANGES = {"steps": (1, 1000), "guidance_scale": (-1000, 1000), "eta": (0, 1), "strength": (0, 1),
           "seed": (0, 2**62), "batch_size": (1, 65536), "count": (1, 65536),
-          "vae_batch": (1, 65536), "unet_batch": (1, 65536)}
+          "vae_batch": (1, 65536), "unet_batch": (1, 65536), "vae_steps": (0, 10**9),
+          "unet_steps": (0, 10**9)}
 
 
 def check_settings(settings: dict) -> None:
@@ -2144,7 +2147,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     white where it is transparent."""
     image = upright(image)
     if image.mode[0] in "IF":                 # numbers, of which Pillow would cut all above 255
-        values = np.nan_to_num(np.asarray(image, float))
+        values = np.nan_to_num(np.asarray(image, float), posinf=0)
         tops = (1, 255, 65535)                # what may be white; the least that is large enough
         if ";" in image.mode:
             tops = (65535,)                   # 16 bits
@@ -2226,7 +2229,7 @@ def check_header(header: dict[str, str]) -> None:
     c = Config.from_dict(json.loads(header["config"]))
     tokenizer = json.loads(header["tokenizer"])
     vocab = tokenizer["model"]["vocab"]
-    added = len(tokenizer["added_tokens"]) - 2        # besides BOS and EOS
+    added = sum(token["content"] not in vocab for token in tokenizer["added_tokens"])
     c.name.encode()                       # no half letters
     for part in filter(None, (c, c.text, c.text_2, c.vae, c.unet, c.schedule)):
         for it in fields(part):
@@ -2238,7 +2241,7 @@ def check_header(header: dict[str, str]) -> None:
             and c.text.width % c.text.num_heads == c.unet.channels % c.unet.num_heads == 0
             and c.image_size % c.stride == 0
             and c.steps <= c.schedule.num_timesteps <= 1000
-            and 0 < c.schedule.beta_start <= c.schedule.beta_end < 1
+            and 1e-6 < c.schedule.beta_start <= c.schedule.beta_end < 1
             and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000
             and c.prediction in ("eps", "v") and c.sampler in SAMPLERS
             and {BOS, EOS} <= vocab.keys() and max(vocab.values()) + added < c.text.vocab_size)
@@ -2288,7 +2291,7 @@ def load(path: str | Path | None = None, device: str | torch.device = "auto",
     if path == BUILT_IN and not path.exists():
         raise InputError(f"the built-in model is not at {path}; get the folder weights/ of the "
                          "repository, or name another model")
-    torch.zeros(0, dtype=dtype)              # a wrong dtype is no fault of the file
+    nn.Module().to(dtype=dtype)              # a wrong dtype is no fault of the file
     device = pick_device(device)
     read_header(path)
     with input_errors(f"{path} is damaged", "get it again, or make it anew"):
@@ -2358,7 +2361,9 @@ def pick_device(name: str | torch.device) -> torch.device:
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with input_errors(f"there is no device {str(name)!r} here", "leave out the device"):
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.tolist()                       # "meta" holds no numbers
+        return probe.device
 
 
 def keep_freed_memory() -> None:
@@ -2413,7 +2418,7 @@ class FolderData:
         for path in sorted(self.folder.iterdir()):
             caption = path.with_suffix(".txt")
             if path.name == "metadata.jsonl":
-                for line in check_file(path).read_text("utf-8").splitlines():
+                for line in filter(str.strip, check_file(path).read_text("utf-8-sig").split("\n")):
                     entry = json.loads(line)
                     yield self.folder / entry["file_name"], clean(entry["text"])
             elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and caption.exists():
@@ -2437,7 +2442,7 @@ def clean(caption: str) -> str:
 
 
 RANK, WORLD = 0, 1                                # this process's number, and how many there are
-if "TORCHELASTIC_RUN_ID" in os.environ:           # else others than torchrun have set these two
+if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys():         # by torchrun
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -2585,6 +2590,13 @@ def new_model(config: Config, captions: list[str]) -> LatentDiffusion:
     return LatentDiffusion(replace(config, text=text), tokenizer)
 
 
+def remove_leftovers(out: Path) -> None:
+    """What a run that was killed had half written. (Other files' names may begin like long ones.)"""
+    if len(out.name) < 30:
+        for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+            leftover.unlink(missing_ok=True)
+
+
 def join_processes() -> None:
     """Lets the processes that torchrun started find each other."""
     if WORLD > 1 and not torch.distributed.is_initialized():
@@ -2611,8 +2623,7 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     folder = None if source == "shapes" else source
     run = [str(path and os.path.realpath(path)) for path in (folder, weights)]
     checkpoint = read_checkpoint(out, [*run, str(seed)], force)
-    for leftover in out.parent.glob(f".{glob.escape(out.name[:40])}.*.part"):
-        leftover.unlink(missing_ok=True)          # of a run that was killed while it wrote
+    remove_leftovers(out)
     join_processes()
     device = pick_device(device)
     torch.manual_seed(seed)
@@ -2628,7 +2639,8 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     if folder:
         data = FolderData(Path(folder), config.image_size, seed)
     ldm = ldm or new_model(config, data.captions())
-    ldm.config = replace(ldm.config, name=source)
+    name = os.path.basename(os.path.abspath(source)).encode(errors="replace").decode()
+    ldm.config = replace(ldm.config, name=name)
     ldm.eval().to(device, memory_format=torch.channels_last)
 
     trainer = Trainer(ldm, data, out, seed, dtype, save_minutes, checkpoint)
@@ -2705,10 +2717,8 @@ def picture_paths(args: argparse.Namespace) -> list[Path]:
     paths = [path]
     if args.count > 1 or not args.output:
         paths = [path.with_name(f"{path.stem}-{args.seed + i}.png") for i in range(args.count)]
-    if not args.output:
-        paths = [free_name(path) for path in paths]
     named = filter(None, (*paths, args.film, args.image, args.mask))
-    names = [os.path.abspath(name) for name in named]
+    names = [os.path.realpath(name) for name in named]
     if len(set(names)) < len(names):
         raise InputError("-o, --film, --image and --mask must be different files")
     return paths
@@ -2717,7 +2727,7 @@ def picture_paths(args: argparse.Namespace) -> list[Path]:
 def free_name(path: Path) -> Path:
     """The first of x.png, x_2.png, x_3.png ... that does not exist."""
     numbered = (path.with_name(f"{path.stem}_{i}.png") for i in itertools.count(2))
-    return next(name for name in itertools.chain([path], numbered) if not name.exists())
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 def make_pictures(args: argparse.Namespace) -> None:
@@ -2748,6 +2758,8 @@ def make_pictures(args: argparse.Namespace) -> None:
         picture, = ldm.generate(
             args.prompt, args.negative_prompt, seed=seed, **settings,
             on_step=lambda step: guesses.append(step.x0))
+        if not args.output:                    # only now: another command may be at work here, too
+            path = free_name(path)
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", parameters_text(args, seed, picture, ldm.config.name))
         write_whole(path, partial(picture.save, format="PNG", pnginfo=info))
@@ -2810,7 +2822,7 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = r
         say("interrupted")
         return 130
     except Exception as error:
-        message = shortened(str(error), 1000)
+        message = str(error)
         if is_out_of_memory(error):
             message = (f"not enough memory ({message}); close other programs, make a smaller "
                        "picture, or use --dtype bfloat16")
@@ -2822,7 +2834,8 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = r
 
 def console(command: Callable[[list[str]], None] = run) -> None:
     """main as a program, also where stdout and stderr are closed or know few letters."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)      # also where it was ignored
+    for ending in (signal.SIGINT, signal.SIGTERM):                # nothing half-written stays then
+        signal.signal(ending, signal.default_int_handler)
     sys.unraisablehook = lambda _: None           # a bar that is interrupted while it is made
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if sys.stdout is not None:
