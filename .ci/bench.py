@@ -225,7 +225,7 @@ def make_models(folder, narrow):
     import weights_convert
     config = tiny_ldm.SD1
     if narrow:
-        config = replace(config, text=replace(config.text, width=64, num_heads=2, num_layers=1),
+        config = replace(config, text=replace(config.text, width=64, num_heads=1, num_layers=1),
                          vae=replace(config.vae, channels=32),
                          unet=replace(config.unet, channels=32))
     with torch.no_grad():
