@@ -2591,7 +2591,7 @@ def new_model(config: Config, captions: list[str]) -> LatentDiffusion:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes what a run that was killed had half written. (A long name could be another's, too.)"""
+    """Removes what a killed run had half written. (A long name may be the beginning of another.)"""
     if len(out.name) < 30:
         for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
             leftover.unlink(missing_ok=True)
