@@ -1549,6 +1549,12 @@ def test_a_hub_repository_is_downloaded_and_converted(hub, official, tmp_path):
     done = hub("some/model")
     assert (done.returncode, done.stdout) == (0, "model.tiny_ldm.safetensors\n"), done.stderr
     assert same_tensors(tmp_path / "model.tiny_ldm.safetensors", official / "ours.safetensors")
+    # By a pasted address, too, and then without a network
+    for source, env in (("https://huggingface.co/some/model/tree/main?x=1", {}),
+                        ("huggingface.co/some/model/", {}), ("some/model", {"HF_HUB_OFFLINE": "1"})):
+        done = hub(source, "-o", "again", "--force", **env)
+        assert done.returncode == 0, done.stderr
+        assert same_tensors(tmp_path / "again", official / "ours.safetensors")
     for source, message in (("some/other", "some/other can't be had from the hub"),
                             (official / "plain.ckpt", "pass --tokenizer with bpe_simple_vocab_16")):
         done = hub(source)

@@ -1759,7 +1759,7 @@ def train(parameters: list[nn.Parameter], averages: list[Tensor], optimizer: tor
 # its gradient G = U Σ Vᵀ (its singular values in Σ) is mostly a few directions that all pictures
 # share. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) keeps U Vᵀ and drops Σ, so
 # that rare directions are learned as fast as common ones. Here that decides: after 1,500 steps of
-# stage 2 AdamW drew 9 % of the held-out captions right, and Muon 52 % (section 10; both with a
+# stage 2 AdamW drew 9 % of the held-out captions right, and Muon 50 % (section 10; both with a
 # batch of 128).
 
 def orthogonalized(g: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ UNUSED = re.compile(r".*\.(position_ids|logit_scale|attn_mask|text_projection(\.
 TABLES = re.compile(r"betas|\w*alphas_cumprod\w*|posterior_\w+|model_ema\..*|denoiser\.sigmas"
                     r"|scale_factor|v_pred|ztsnr")
 # An address or the name of a hub repository, and perhaps of a file in it
-HUB_ID = re.compile(r"(https?://(www\.)?(huggingface\.co|hf\.co)/)?(?P<repository>[\w.-]+/[\w.-]+)"
+HUB_ID = re.compile(r"((https?://)?(www\.)?(huggingface\.co|hf\.co)/)?(?P<repository>[\w.-]+/[\w.-]+)"
                     r"(/(tree|blob|resolve)/(?P<revision>[^/?]+)/?(?P<file>[^?]*))?/?([?#].*)?")
 
 
@@ -541,22 +541,23 @@ WHAT_TO_PASS = ("pass --tokenizer with bpe_simple_vocab_16e6.txt.gz, a folder wi
 def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
     """CLIP's vocabulary from any of the three forms. Raises InputError."""
     with input_errors(f"{source} is no CLIP vocabulary", WHAT_TO_PASS):
+        added = {}                                    # words, by textual inversion
+        if (source / "added_tokens.json").exists():
+            added = json.loads(check_file(source / "added_tokens.json").read_text("utf-8"))
+        if (source / "tokenizer.json").exists():
+            source = source / "tokenizer.json"
         if (source / "vocab.json").exists():
-            added = {}
-            if (source / "added_tokens.json").exists():
-                added = json.loads(check_file(source / "added_tokens.json").read_text("utf-8"))
             vocab = json.loads(check_file(source / "vocab.json").read_text("utf-8"))
             lines = check_file(source / "merges.txt").read_text("utf-8").splitlines()
             if lines[0].startswith("#version"):
                 lines = lines[1:]
             return with_added(clip_backend(vocab, pairs(lines)), added)
-        if source.is_dir():
-            source = source / "tokenizer.json"
         if source.suffix == ".json":
             # Only its tables: the rules of a stranger's file could take forever
             found = json.loads(check_file(source).read_text("utf-8"))
             tables = found["model"]
-            added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+            added.update({token["content"]: token["id"]
+                          for token in found.get("added_tokens", [])})
             return with_added(clip_backend(tables["vocab"], pairs(tables["merges"])), added)
         opener = gzip.open if source.suffix == ".gz" else open
         with opener(check_file(source), "rb") as file:
@@ -1007,6 +1008,9 @@ def run(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     path = Path(args.source)
     name = path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
+    address = HUB_ID.fullmatch(args.source)
+    if address and not path.exists():
+        name = os.path.basename(address["file"] or address["repository"])
     out = args.output or Path(f"{name}.{args.to}.safetensors")
     if out.exists() and not (args.force and out.is_file()):     # a folder or device never is
         raise InputError(f"{out} exists already; choose another name with -o, or replace a file "
