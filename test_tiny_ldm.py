@@ -1257,10 +1257,6 @@ def test_a_word_added_by_textual_inversion_comes_along(official, tmp_path):
     table["added_tokens"].append({**table["added_tokens"][0], "id": size, "content": "<my-cat>",
                                   "special": False})
     (tmp_path / "with.json").write_text(json.dumps(table))
-    for name in ("vocab.json", "merges.txt"):
-        pairs = [" ".join(pair) for pair in table["model"]["merges"]]
-        text = json.dumps(table["model"]["vocab"]) if name == "vocab.json" else "\n".join(pairs)
-        (folder / "tokenizer" / name).write_text(text)
     (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<my-cat>": size}))
     for more in ([], ["--tokenizer", str(tmp_path / "with.json")]):
         args = [str(folder), "-o", str(tmp_path / "o"), "--force", *more]
@@ -1321,18 +1317,14 @@ def test_whatever_else_a_checkpoint_holds_is_put_up_with(extra, plain, official,
     assert (tmp_path / "t").read_bytes() == (official / "ours.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("place", ["model", "module", "ema", "a prefix", "parameters", "old"])
+@pytest.mark.parametrize("place", ["model", "module", "ema", "a prefix", "parameters", "state_dict"])
 def test_weights_are_found_wherever_they_are(place, plain, official, tmp_path):
-    tensors = plain
+    found = {place: plain, "epoch": 3}
     if place == "a prefix":
-        tensors = {f"module.{name}": t for name, t in plain.items()}
+        found = {f"module.{name}": t for name, t in plain.items()}
     elif place == "parameters":
-        tensors = {name: torch.nn.Parameter(t, False) for name, t in plain.items()}
-    found = {place: tensors, "epoch": 3}
-    if place in ("a prefix", "parameters"):
-        found = tensors
-    torch.save(found if place != "old" else {"state_dict": tensors}, tmp_path / "m.ckpt",
-               pickle_protocol=4 if place == "old" else 2)
+        found = {name: torch.nn.Parameter(t, False) for name, t in plain.items()}
+    torch.save(found, tmp_path / "m.ckpt", pickle_protocol=4 if place == "state_dict" else 2)
     assert convert(tmp_path / "m.ckpt", tmp_path / "t", official) == 0
     assert (tmp_path / "t").read_bytes() == (official / "ours.safetensors").read_bytes()
 
