@@ -1364,12 +1364,12 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(official, inside, capsys):
     (BIAS, torch.full((4,), math.nan), "unet.conv_out.bias holds values that are not finite"),
     (f"{weights_convert.UNET}.more", torch.zeros(1), "that such a model has not: model.diff"),
     ("cond_stage_model.transformer.final_layer_norm.bias", torch.ones(64), "norm.bias twice"),
-    (CONV_IN, None, f"is no Stable Diffusion 1.x (ValueError: it lacks {CONV_IN}"),
+    (CONV_IN, None, f"is no Stable Diffusion 1.x, 2.x or XL (ValueError: it lacks {CONV_IN}"),
     (CONV_IN, torch.zeros(32, 8, 3, 3), "it has 8 input channels rather than 4 (or 9, to repaint)"),
-    (CONV_IN, torch.zeros(33, 4, 3, 3), "is no Stable Diffusion 1.x ("),
-    ("first_stage_model.encoder.conv_in.weight", torch.zeros(()), "is no Stable Diffusion 1.x ("),
+    (CONV_IN, torch.zeros(33, 4, 3, 3), "is no Stable Diffusion 1.x, 2.x or XL ("),
+    ("first_stage_model.encoder.conv_in.weight", torch.zeros(()), "is no Stable Diffusion 1.x, 2.x or XL ("),
     (f"{weights_convert.TEXT}.embeddings.token_embedding.weight", torch.zeros(3),
-     "is no Stable Diffusion 1.x (")])
+     "is no Stable Diffusion 1.x, 2.x or XL (")])
 def test_tensors_that_do_not_fit_are_named(name, tensor, message, official, tmp_path, capsys):
     source, out = tmp_path / "x.safetensors", tmp_path / "t.safetensors"
     with_one_changed(official / "plain.safetensors", source, name, tensor)
