@@ -1367,7 +1367,8 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(official, inside, capsys):
     (CONV_IN, None, f"is no Stable Diffusion 1.x, 2.x or XL (ValueError: it lacks {CONV_IN}"),
     (CONV_IN, torch.zeros(32, 8, 3, 3), "it has 8 input channels rather than 4 (or 9, to repaint)"),
     (CONV_IN, torch.zeros(33, 4, 3, 3), "is no Stable Diffusion 1.x, 2.x or XL ("),
-    ("first_stage_model.encoder.conv_in.weight", torch.zeros(()), "is no Stable Diffusion 1.x, 2.x or XL ("),
+    ("first_stage_model.encoder.conv_in.weight", torch.zeros(()),
+     "is no Stable Diffusion 1.x, 2.x or XL ("),
     (f"{weights_convert.TEXT}.embeddings.token_embedding.weight", torch.zeros(3),
      "is no Stable Diffusion 1.x, 2.x or XL (")])
 def test_tensors_that_do_not_fit_are_named(name, tensor, message, official, tmp_path, capsys):
