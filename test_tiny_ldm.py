@@ -1317,7 +1317,8 @@ def test_whatever_else_a_checkpoint_holds_is_put_up_with(extra, plain, official,
     assert (tmp_path / "t").read_bytes() == (official / "ours.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("place", ["model", "module", "ema", "a prefix", "parameters", "state_dict"])
+@pytest.mark.parametrize("place", ["model", "module", "ema", "state_dict", "a prefix",
+                                   "parameters"])
 def test_weights_are_found_wherever_they_are(place, plain, official, tmp_path):
     found = {place: plain, "epoch": 3}
     if place == "a prefix":
@@ -1544,7 +1545,8 @@ def test_a_hub_repository_is_downloaded_and_converted(hub, official, tmp_path):
     assert same_tensors(tmp_path / "model.tiny_ldm.safetensors", official / "ours.safetensors")
     # By a pasted address, too, and then without a network
     for source, env in (("https://huggingface.co/some/model/tree/main?x=1", {}),
-                        ("huggingface.co/some/model/", {}), ("some/model", {"HF_HUB_OFFLINE": "1"})):
+                        ("huggingface.co/some/model/", {}),
+                        ("some/model", {"HF_HUB_OFFLINE": "1"})):
         done = hub(source, "-o", "again", "--force", **env)
         assert done.returncode == 0, done.stderr
         assert same_tensors(tmp_path / "again", official / "ours.safetensors")
@@ -1798,7 +1800,7 @@ def test_xls_vae_stays_in_float32_next_to_half(siblings, tmp_path):
 
 @with_references
 @pytest.mark.skipif(not (os.environ.get("TINY_LDM_FULL_SIZE") and CLIP.is_dir()),
-                    reason="needs 11 GB of disk, 16 GB of memory, 15 minutes and CLIP's vocabulary: "
+                    reason="needs 11 GB of disk, 16 GB of memory, 15 minutes and CLIP's words: "
                            "set TINY_LDM_FULL_SIZE=1 and TINY_LDM_CLIP_DIR")
 def test_full_size_stable_diffusion_equals_the_references(capsys):
     done = run(CLIP / CLIP_FILE, program=".ci/reference.py")
