@@ -2231,20 +2231,33 @@ def check_header(header: dict[str, str]) -> None:
     vocab = tokenizer["model"]["vocab"]
     added = sum(token["content"] not in vocab for token in tokenizer["added_tokens"])
     c.name.encode()                       # no half letters
-    for part in filter(None, (c, c.text, c.text_2, c.vae, c.unet, c.schedule)):
+    texts = list(filter(None, (c.text, c.text_2)))
+    for part in (c, *texts, c.vae, c.unet, c.schedule):
         for it in fields(part):
             value = getattr(part, it.name)
-            if it.type == "int" and (type(value) is not int or not 0 < value < 65536):
+            if it.type == "int | None" and value in (None, 0):
+                continue
+            if it.type.startswith("int") and (type(value) is not int or not 0 < value < 65536):
                 raise ValueError(f"{it.name} can't be {value!r}")
-    depths = (c.text.num_layers, c.vae.num_res_blocks, c.unet.num_res_blocks)
-    good = (max(*depths, *c.unet.transformer_depth) <= 100
-            and c.text.width % c.text.num_heads == c.unet.channels % c.unet.num_heads == 0
+    for text in texts:
+        good = (text.num_layers <= 100 and text.width % text.num_heads == 0
+                and text.activation in ("quick_gelu", "gelu")
+                and text.max_length == c.text.max_length
+                and max(*vocab.values(), text.pad_id or 0) + added < text.vocab_size)
+        if not good:
+            raise ValueError(f"no text encoder is like {text}, with {len(vocab) + added} tokens")
+    vector_dim = c.text_2.pooled_dim + 6 * 256 if c.text_2 else None
+    heads = c.unet.head_dim or c.unet.num_heads
+    levels = [*zip(c.unet.channel_mult, c.unet.transformer_depth), (c.unet.channel_mult[-1], 1)]
+    good = (max(c.vae.num_res_blocks, c.unet.num_res_blocks, *c.unet.transformer_depth) <= 100
+            and not any(depth and c.unet.channels * mult % heads for mult, depth in levels)
+            and c.unet.vector_dim == vector_dim
             and c.image_size % c.stride == 0
             and c.steps <= c.schedule.num_timesteps <= 1000
             and 1e-6 < c.schedule.beta_start <= c.schedule.beta_end < 1
             and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000
             and c.prediction in ("eps", "v") and c.sampler in SAMPLERS
-            and {BOS, EOS} <= vocab.keys() and max(vocab.values()) + added < c.text.vocab_size)
+            and {BOS, EOS} <= vocab.keys())
     if not good:
         raise ValueError("its config or tokenizer can't be, or they do not fit each other")
 
