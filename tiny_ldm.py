@@ -199,6 +199,7 @@ def for_inpainting(config: Config) -> Config:
 # 1,066 M parameters: U-Net 860 M, VAE 84 M, text encoder 123 M
 SD1 = Config("Stable Diffusion 1.x", image_size=512)
 SD1_INPAINT = for_inpainting(SD1)
+
 # What changed after 1.x? Everything not named here is the same.
 #
 #                     1.x           2.x                     XL
@@ -229,6 +230,7 @@ SDXL = Config(
     unet=UNetConfig(channel_mult=(1, 2, 4), transformer_depth=(0, 2, 10), head_dim=64,
                     vector_dim=2816))
 SDXL_INPAINT = for_inpainting(SDXL)
+
 # 8.6 M parameters: U-Net 5.2 M, VAE 2.7 M, text encoder 0.7 M
 SHAPES = Config(
     "shapes",
