@@ -2209,7 +2209,7 @@ def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None
         width, height = width or max(stride, own[0]), height or max(stride, own[1])
         if size != (width, height):
             say(f"the picture of {size[0]} x {size[1]} is used at {width} x {height}")
-        if int(others.get("strength", 0.75) * (others.get("steps") or config.steps)) < 1:
+        if 0 < others.get("strength", 0.75) * (others.get("steps") or config.steps) < 1:
             say("the strength is less than one step: the picture stays as it is")
     for name, side in (("width", width), ("height", height)):
         if side is not None and (side % stride or not 0 < side <= 8192):
