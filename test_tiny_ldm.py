@@ -2017,6 +2017,7 @@ def test_the_weights_file_is_mapped_once():
     assert python("-c", code).stdout.strip() in ("0", "1")
 
 
+@whole
 def test_through_a_link_and_as_a_copy(tmp_path):
     (tmp_path / "link.py").symlink_to(HERE / "tiny_ldm.py")
     shutil.copy(HERE / "tiny_ldm.py", tmp_path / "copied.py")
@@ -2345,7 +2346,8 @@ def test_what_can_not_be_written_is_noticed_before_the_work(args, inside):
     assert re.search("no/x.* can't be written .*Permission denied", done.stderr)
 
 
-@pytest.mark.parametrize("env", [dict(RANK="1", WORLD_SIZE="2"), dict(RANK="", WORLD_SIZE="")])
+@pytest.mark.parametrize("env", [dict(RANK="1", WORLD_SIZE="2"),
+                                 pytest.param(dict(RANK="", WORLD_SIZE=""), marks=whole)])
 def test_numbers_of_processes_mean_nothing_without_torchrun(env, tmp_path):
     done = run("a red circle", "--steps", 1, "-n", 2, "-o", "x.png", cwd=tmp_path, **env)
     assert (done.returncode, done.stdout) == (0, "x-0.png\nx-1.png\n")
