@@ -1823,7 +1823,7 @@ if STEPPING:
 # --------------------------------------------------------------------------------------------------
 # What makes a tool of the lesson: a world to learn, a door where all that comes from outside is
 # checked, speed, trainings that survive an interruption, and the command. It uses Part I, and wraps
-# a few of its methods; nothing in it is about diffusion.
+# a few of its methods.
 import argparse
 import atexit
 import contextlib
@@ -2290,12 +2290,16 @@ lesson_save = LatentDiffusion.save
 lesson_decode = LatentDiffusion.decode_latents
 
 
+def add_words(backend: tokenizers.Tokenizer, words: list[str]) -> None:
+    """Words beyond the vocabulary, each one token, as textual inversion makes them."""
+    backend.add_tokens([word for word in words if word not in (BOS, EOS)])
+
+
 @functools.wraps(lesson_from_header)
 def from_header(header: dict[str, str]) -> LatentDiffusion:
     ldm = lesson_from_header(header)
-    for token in json.loads(header["tokenizer"])["added_tokens"]:
-        if token["content"] not in (BOS, EOS):        # a word that textual inversion added
-            ldm.tokenizer.backend.add_tokens([token["content"]])
+    added = json.loads(header["tokenizer"])["added_tokens"]
+    add_words(ldm.tokenizer.backend, [token["content"] for token in added])
     return ldm
 
 
@@ -2481,18 +2485,18 @@ class Objective(nn.Module):
             return self.loss_of(step)
 
 
+@dataclass
 class Trainer:
     """Both stages of a training, resumable. `train_model` below runs it."""
+    ldm: LatentDiffusion
+    data: ShapesData | FolderData
+    out: Path
+    seed: int
+    dtype: torch.dtype
+    save_minutes: float
+    checkpoint: dict              # what run it is of, and where it goes on from
 
-    def __init__(self, ldm: LatentDiffusion, data: ShapesData | FolderData, out: Path, seed: int,
-                 dtype: torch.dtype, save_minutes: float, checkpoint: dict):
-        self.ldm = ldm
-        self.data = data
-        self.out = out
-        self.seed = seed
-        self.dtype = dtype
-        self.save_minutes = save_minutes
-        self.checkpoint = checkpoint              # what run it is of, and where it goes on from
+    def __post_init__(self):
         self.encoded = functools.lru_cache(maxsize=8)(self.encoded)
 
     def generator(self, step: int) -> torch.Generator:
@@ -2531,13 +2535,14 @@ class Trainer:
 
     def fit(self, stage: str, loss_of: Callable[[int], Tensor], steps: int) -> None:
         """Trains what this stage trains, then puts the averages of the weights in their place."""
-        ldm, start = self.ldm.requires_grad_(False), 0
+        ldm = self.ldm.requires_grad_(False)
         names = [name for name, _ in ldm.named_parameters()
                  if name.startswith("vae.") == (stage == "vae")]
         weights = {name: ldm.get_parameter(name).requires_grad_() for name in names}
         averaged = copy.deepcopy(ldm).requires_grad_(False)
         averages = [averaged.get_parameter(name) for name in names]
         optimizer = make_optimizer(weights)
+        start = 0
         if self.checkpoint.get("stage") == stage:
             with input_errors(f"the checkpoint of {self.out} is damaged", "choose another -o"):
                 start = int(self.checkpoint["step"])
@@ -2549,7 +2554,8 @@ class Trainer:
             objective = nn.parallel.DistributedDataParallel(objective)
         walk = train(list(weights.values()), averages, optimizer, objective, steps, start)
         bar = tqdm(walk, stage, steps, initial=start, unit="step", disable=RANK > 0)
-        saved, losses = time.monotonic(), []
+        saved = time.monotonic()
+        losses = []
         for step, loss in bar:
             if not math.isfinite(loss):           # the checkpoint must not be spoiled, too
                 raise InputError(f"the loss is {loss} at step {step}; begin with other weights")

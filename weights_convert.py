@@ -39,8 +39,8 @@ from tqdm import tqdm
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, SDXL, SDXL_INPAINT,
                       ArgumentParser, Config, InputError, LatentDiffusion, ScheduleConfig,
-                      TextConfig, check_file, check_header, check_output, clip_backend,
-                      input_errors, make_alphas_cumprod, read_header, say, write_whole)
+                      TextConfig, add_words, check_file, check_header, check_output,
+                      clip_backend, input_errors, make_alphas_cumprod, read_header, say, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -569,9 +569,8 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
 def with_added(backend: tokenizers.Tokenizer, added: dict[str, int]) -> tokenizers.Tokenizer:
     """With words that were added to the vocabulary, as textual inversion does. Raises ValueError if
     their numbers do not follow the others'."""
-    for word, number in sorted(added.items(), key=lambda item: item[1]):
-        if word not in (BOS, EOS):
-            backend.add_tokens([word])
+    add_words(backend, sorted(added, key=added.get))
+    for word, number in added.items():
         if backend.token_to_id(word) != number:
             raise ValueError(f"the added token {word} can't have the number {number}")
     return backend
@@ -672,6 +671,13 @@ def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
     return like(base, conv_in[0], vae_conv_in[0], text, text_2, vector_dim)
 
 
+def family(c: Config) -> Config:
+    """Which of the three a model is built like."""
+    if c.text_2:
+        return SDXL
+    return SD2 if c.text.activation == "gelu" else SD1
+
+
 def like(base: Config, unet_channels: int, vae_channels: int, text: TextConfig,
          text_2: TextConfig | None, vector_dim: int | None) -> Config:
     unet = replace(base.unet, channels=unet_channels, vector_dim=vector_dim)
@@ -683,14 +689,15 @@ def like(base: Config, unet_channels: int, vae_channels: int, text: TextConfig,
 SETTINGS = {
     "scheduler/scheduler_config.json": {
         "prediction_type": ["epsilon", "v_prediction"], "beta_schedule": ["scaled_linear"],
-        "trained_betas": [None], "rescale_betas_zero_snr": [False], "num_train_timesteps": [1000]},
+        "trained_betas": [None], "rescale_betas_zero_snr": [False], "num_train_timesteps": [1000],
+        "use_flow_sigmas": [None, False]},
     "unet/config.json": {
         "attention_head_dim": [8, [8, 8, 8, 8]], "num_attention_heads": [None, 8, [8, 8, 8, 8]],
         "act_fn": ["silu"], "class_embed_type": [None], "addition_embed_type": [None, "text_time"],
         "time_cond_proj_dim": [None], "resnet_time_scale_shift": ["default"],
         "flip_sin_to_cos": [True], "freq_shift": [0], "norm_num_groups": [32],
         "norm_eps": [1e-5], "center_input_sample": [False], "mid_block_scale_factor": [1],
-        "downsample_padding": [1], "use_flow_sigmas": [None, False],
+        "downsample_padding": [1],
         "upcast_attention": [None, False, True], "transformer_layers_per_block": [1, [1, 1, 1, 1]]},
     "vae/config.json": {
         "act_fn": ["silu"], "norm_num_groups": [32], "shift_factor": [None, 0.0],
@@ -887,13 +894,14 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
     write_whole(path, write)
 
 
-def as_trained(config: Config, path: Path, tensors: dict[str, Tensor], official: bool,
+def as_trained(config: Config, source: str, path: Path, tensors: dict[str, Tensor],
                known: str | None, prediction: str | None) -> Config:
     """The config with what source and user say of the training, and a line that says what was
     taken. Raises InputError."""
     why = "nothing says otherwise; --prediction v would"
-    if official:
-        with input_errors(f"{path} can't be used", "get another model"):
+    where = "in a file that is not on record"
+    if path.is_file():
+        with input_errors(f"{source} can't be used", "get another model"):
             schedule = schedule_of(tensors, config.schedule)
             kind, why = prediction_of(path, tensors, known)
         config = replace(config, schedule=schedule, prediction=kind)
@@ -903,6 +911,7 @@ def as_trained(config: Config, path: Path, tensors: dict[str, Tensor], official:
         if "denoiser.sigmas" in tensors or "turbo" in (known or ""):
             config = as_turbo(config)
     else:
+        where = "in a diffusers folder"
         config = as_set(config, path)
         if (path / "scheduler" / "scheduler_config.json").exists():
             why = "its scheduler/ says so"
@@ -910,11 +919,10 @@ def as_trained(config: Config, path: Path, tensors: dict[str, Tensor], official:
         config, why = replace(config, prediction=prediction), "--prediction says so"
     if config.prediction == "v" and config.text.activation == "gelu":
         config = replace(config, name=SD2_V.name, image_size=SD2_V.image_size)
-    where = "in a file that is not on record" if official else "in a diffusers folder"
     what = known or f"{config.name}, {where}"
-    say(f"{path} is {what}; it predicts {config.prediction} ({why})")
+    say(f"{source} is {what}; it predicts {config.prediction} ({why})")
     taken = {**asdict(config.schedule), "scale_factor": config.scale_factor}
-    usual = {**asdict(SD1.schedule), "scale_factor": (SDXL if config.text_2 else SD1).scale_factor}
+    usual = {**asdict(SD1.schedule), "scale_factor": family(config).scale_factor}
     for name in taken:
         if taken[name] != usual[name]:
             say(f"its {name} is {taken[name]}")
@@ -948,7 +956,7 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
     names = {ours: e.official if official else e.diffusers for ours, e in entries.items()}
     shapes = {ours: e.official_shape if official else e.shape for ours, e in entries.items()}
     check_tensors(tensors, {names[ours]: shape for ours, shape in shapes.items()}, source)
-    config = as_trained(config, path, tensors, official, known, prediction)
+    config = as_trained(config, source, path, tensors, known, prediction)
     backend = find_tokenizer(tokenizer, path)
     tokens, rows = backend.get_vocab_size(), config.text.vocab_size
     if not 0.95 * rows <= tokens <= rows:         # some trainers pad the embedding
@@ -969,7 +977,7 @@ def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
     """A tiny_ldm weights file to a checkpoint in the official layout, without the schedule. Raises
     InputError."""
     c = Config.from_dict(json.loads(read_header(source)["config"]))
-    base = SDXL if c.text_2 else SD2 if c.text.activation == "gelu" else SD1
+    base = family(c)
     usual = like(replace(base, unet=replace(base.unet, in_channels=c.unet.in_channels)),
                  c.unet.channels, c.vae.channels, c.text, c.text_2, c.unet.vector_dim)
     others = [name for name in ("vae", "unet", "scale_factor", "schedule")

@@ -112,6 +112,18 @@ def their_outputs(models: tuple, dtype=torch.float64, steps: int = 10) -> dict:
             "VAE, decode": vae.decode(i["z"]).sample, "DDIM": x}
 
 
+def reference_vae(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]):
+    """diffusers' VAE, as wide as c says, with official tensors in it."""
+    import diffusers
+    from diffusers.loaders import single_file_utils as rules
+    vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+        block_out_channels=tuple(c.vae.channels * mult for mult in c.vae.channel_mult))
+    vae.load_state_dict(rules.convert_ldm_vae_checkpoint(tensors, vae.config), assign=True)
+    return vae
+
+
 def reference_models(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> tuple:
     """transformers' text encoder, diffusers' U-Net and VAE, as wide as c says, with official
     tensors in them, renamed by diffusers' own rules."""
@@ -125,16 +137,12 @@ def reference_models(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> tu
     unet = diffusers.UNet2DConditionModel(
         cross_attention_dim=c.text.width, attention_head_dim=8,
         block_out_channels=tuple(c.unet.channels * mult for mult in c.unet.channel_mult))
-    vae = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=2,
-        block_out_channels=tuple(c.vae.channels * mult for mult in c.vae.channel_mult))
     prefix = f"{weights_convert.TEXT}."
     text_tensors = {name.removeprefix(prefix): t for name, t in tensors.items()
                     if name.startswith(prefix) and not name.endswith("position_ids")}
     getattr(text, "text_model", text).load_state_dict(text_tensors, assign=True)
     unet.load_state_dict(rules.convert_ldm_unet_checkpoint(tensors, unet.config), assign=True)
-    vae.load_state_dict(rules.convert_ldm_vae_checkpoint(tensors, vae.config), assign=True)
+    vae = reference_vae(c, tensors)
     return tuple(model.eval().requires_grad_(False) for model in (text, unet, vae))
 
 
@@ -182,12 +190,8 @@ def reference_siblings(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> 
         down_block_types=down, up_block_types=[name.replace("Down", "Up") for name in down[::-1]],
         block_out_channels=tuple(c.unet.channels * mult for mult in c.unet.channel_mult),
         in_channels=c.unet.in_channels, **settings)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=2,
-        block_out_channels=tuple(c.vae.channels * mult for mult in c.vae.channel_mult))
     unet.load_state_dict(rules.convert_ldm_unet_checkpoint(tensors, unet.config), assign=True)
-    vae.load_state_dict(rules.convert_ldm_vae_checkpoint(tensors, vae.config), assign=True)
+    vae = reference_vae(c, tensors)
     models.update(unet=unet, vae=vae)
     return {name: model.eval().requires_grad_(False) for name, model in models.items()}
 
