@@ -172,9 +172,7 @@ class Config:
     @property
     def context_dim(self) -> int:
         """How wide the context is: with two text encoders both, side by side."""
-        if self.text_2 is None:
-            return self.text.width
-        return self.text.width + self.text_2.width
+        return self.text.width + (self.text_2.width if self.text_2 else 0)
 
     @staticmethod
     def from_dict(values: dict) -> "Config":
@@ -475,8 +473,8 @@ class ResBlock(nn.Module):
     openaimodel.py, model.py:38).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, eps: float,
-                 emb_dim: int | None = None):
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int,
+                 emb_dim: int | None = None, eps: float = 1e-6):
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -603,9 +601,9 @@ class AttnBlock(nn.Module):
 
 def mid_block(channels: int, norm_groups: int) -> list[nn.Module]:
     """The coarsest level of encoder and decoder, where all positions can see each other."""
-    return [ResBlock(channels, channels, norm_groups, eps=1e-6),
+    return [ResBlock(channels, channels, norm_groups),
             AttnBlock(channels, norm_groups),
-            ResBlock(channels, channels, norm_groups, eps=1e-6)]
+            ResBlock(channels, channels, norm_groups)]
 
 
 class Encoder(nn.Sequential):
@@ -621,9 +619,10 @@ class Encoder(nn.Sequential):
         for level, mult in enumerate(c.channel_mult):
             if level > 0:
                 layers.append(Downsample(channels, symmetric=False))
+            width = c.channels * mult
             for _ in range(c.num_res_blocks):
-                layers.append(ResBlock(channels, c.channels * mult, c.norm_groups, eps=1e-6))
-                channels = c.channels * mult
+                layers.append(ResBlock(channels, width, c.norm_groups))
+                channels = width
         layers += mid_block(channels, c.norm_groups)
         layers += [nn.GroupNorm(c.norm_groups, channels, eps=1e-6), nn.SiLU(),
                    nn.Conv2d(channels, 2 * c.latent_channels, 3, padding=1)]
@@ -644,9 +643,10 @@ class Decoder(nn.Sequential):
         for level, mult in enumerate(reversed(c.channel_mult)):
             if level > 0:
                 layers.append(Upsample(channels))
+            width = c.channels * mult
             for _ in range(c.num_res_blocks + 1):
-                layers.append(ResBlock(channels, c.channels * mult, c.norm_groups, eps=1e-6))
-                channels = c.channels * mult
+                layers.append(ResBlock(channels, width, c.norm_groups))
+                channels = width
         layers += [nn.GroupNorm(c.norm_groups, channels, eps=1e-6), nn.SiLU(),
                    nn.Conv2d(channels, 3, 3, padding=1)]
         super().__init__(*layers)
@@ -738,13 +738,11 @@ class Tokenizer:
         """["a prompt", ...] -> LongTensor [B, L]. What does not fit is cut off."""
         if isinstance(prompts, str):
             prompts = [prompts]
-        rows = []
-        for prompt in prompts:
+        ids = torch.full((len(prompts), self.max_length), self.pad_id)
+        for row, prompt in zip(ids, prompts):
             pieces = self.backend.encode(prompt).ids[: self.max_length - 2]
-            ids = [self.bos, *pieces, self.eos]
-            padding = [self.pad_id] * (self.max_length - len(ids))
-            rows.append(ids + padding)
-        return torch.tensor(rows, dtype=torch.long)
+            row[: len(pieces) + 2] = torch.tensor([self.bos, *pieces, self.eos])
+        return ids
 
     @staticmethod
     def train(captions: list[str], vocab_size: int, max_length: int) -> "Tokenizer":
@@ -977,7 +975,7 @@ def embedding_layers(in_dim: int, emb_dim: int) -> nn.Sequential:
 def unet_layers(c: UNetConfig, context_dim: int, in_channels: int, out_channels: int,
                 depth: int) -> list[nn.Module]:
     """A ResBlock and, where depth is not 0, a SpatialTransformer after it."""
-    layers = [ResBlock(in_channels, out_channels, c.norm_groups, 1e-5, emb_dim=4 * c.channels)]
+    layers = [ResBlock(in_channels, out_channels, c.norm_groups, 4 * c.channels, eps=1e-5)]
     if depth > 0:
         num_heads = out_channels // c.head_dim if c.head_dim else c.num_heads
         layers.append(SpatialTransformer(out_channels, num_heads, context_dim, depth,
@@ -1085,6 +1083,7 @@ if STEPPING:
 #
 #     x, eps        [B, C, h, w], float32: the latents, and the network's guess of the noise in them
 #     a, a_next     ᾱ and ᾱ′: the noise level of x, and the one to go to. ᾱ grows as noise falls
+#     t             the timestep of x
 #     eta           how much fresh noise is added, where the sampler leaves that open (ddim)
 #     noise         () -> fresh standard normal noise like x
 #     past          the last three steps, a `Step` each, the latest last
@@ -1123,14 +1122,14 @@ def sample(step: Callable[..., Tensor], predict_eps: Callable[..., Tensor], x: T
     there.
     """
     past = []
-    last = len(levels.timesteps) - 1
     for i, t in enumerate(levels.timesteps):
         a, a_next = levels.alpha_bars[i : i + 2]
         eps = predict_eps(x, t, a)
         look_ahead = None
-        if i < last:
+        if i + 1 < len(levels.timesteps):
             look_ahead = partial(predict_eps, t=levels.timesteps[i + 1], alpha_bar=a_next)
-        x_next = step(x, eps, a, a_next, eta=eta, noise=noise, past=past, look_ahead=look_ahead)
+        x_next = step(x, eps, a, a_next, t=t, eta=eta, noise=noise, past=past,
+                      look_ahead=look_ahead)
         taken = Step(i, t, x_next, eps, x0_from_eps(x, eps, a), a)
         past = [*past[-2:], taken]
         yield taken
@@ -1176,6 +1175,14 @@ def trailing(steps: int, sigmas: np.ndarray) -> Levels:
     arXiv:2311.17042)."""
     stops = np.linspace(len(sigmas), 0, steps, endpoint=False)
     timesteps = stops.round().astype(int) - 1
+    return levels_of(timesteps, sigmas[timesteps])
+
+
+def lcm_timesteps(steps: int, sigmas: np.ndarray) -> Levels:
+    """t = 999, 759, 499, 259 for S = 4: evenly chosen from the 50 timesteps 999, 979 ... 19 that
+    latent consistency models are trained at. S is at most 50."""
+    trained = np.arange(50, 0, -1) * (len(sigmas) // 50) - 1
+    timesteps = trained[np.arange(steps) * 50 // steps]
     return levels_of(timesteps, sigmas[timesteps])
 
 
@@ -1241,16 +1248,13 @@ def plms(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step],
     """Pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778): DDIM's step, along a better ε.
 
     ε changes on the way. Put a polynomial through its last values, at most four, and integrate it
-    over the next step: that gives the weights (Adams-Bashforth). The first step has no past, so it
-    looks ahead and takes the mean of ε here and there: one network call more.
+    over the next step: that gives the weights, up to their sum (Adams-Bashforth). The first step
+    has no past, so it looks ahead and takes the mean of ε here and there: one network call more.
     """
-    weights = [[1], [3 / 2, -1 / 2],
-               [23 / 12, -16 / 12, 5 / 12],
-               [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
-    earlier = [step.eps for step in reversed(past)]               # at most three, the latest first
-    mixed = 0
-    for weight, e in zip(weights[len(earlier)], [eps, *earlier]):
-        mixed = mixed + weight * e
+    guesses = [step.eps for step in past] + [eps]                 # the latest last
+    all_weights = [[1], [-1, 3], [5, -16, 23], [-9, 37, -59, 55]]
+    weights = all_weights[len(past)]
+    mixed = sum(weight * guess for weight, guess in zip(weights, guesses)) / sum(weights)
     if not past and look_ahead is not None:
         x_ahead = ddim(x, eps, a, a_next)
         mixed = (eps + look_ahead(x_ahead)) / 2
@@ -1315,6 +1319,27 @@ def langevin(x: Tensor, eps: Tensor, a: float, a_next: float, *, noise: Callable
     return (a_next / a) ** 0.5 * x
 
 
+def lcm(x: Tensor, eps: Tensor, a: float, a_next: float, *, t: float, noise: Callable,
+        **_) -> Tensor:
+    """Latent consistency models (Luo et al. 2023, arXiv:2310.04378; the idea: Song et al. 2023,
+    arXiv:2303.01469), for networks trained to it.
+
+    Every point of a path of the probability-flow equation leads to the same picture. Such a network
+    was taught to name that end from wherever it stands, rather than the mean of all pictures that
+    are possible there, so its first answer is already sharp. To make it better, mix fresh noise
+    into it, as much as the next level has, and ask again.
+
+    What stands at the end already is its own answer: c_skip goes to 1 and c_out to 0 as t goes to
+    0. (At the timesteps in use, 19 and more, that is 1e-5 and less.)
+    """
+    c_skip = 0.25 / ((10 * t) ** 2 + 0.25)
+    c_out = (1 - c_skip) ** 0.5
+    x0 = c_skip * x + c_out * x0_from_eps(x, eps, a)
+    if a_next == 1:
+        return x0
+    return add_noise(x0, noise(), a_next)
+
+
 class Sampler(NamedTuple):
     step: Callable[..., Tensor]
     levels: Callable[[int, np.ndarray], Levels]
@@ -1336,6 +1361,7 @@ SAMPLERS = {
     "dpmpp_2m": Sampler(dpmpp_2m, linspace_rounded),
     "dpmpp_2m_karras": Sampler(dpmpp_2m, karras),
     "langevin": Sampler(langevin, geometric, starts_at_sigma=True),
+    "lcm": Sampler(lcm, lcm_timesteps),
 }
 
 # %% Look: where ten steps stop
@@ -1428,8 +1454,7 @@ class LatentDiffusion(nn.Module):
     def from_header(header: dict[str, str]) -> "LatentDiffusion":
         """A new model with the config and the tokenizer of a `header`."""
         config = Config.from_dict(json.loads(header["config"]))
-        tables = json.loads(header["tokenizer"])["model"]
-        backend = clip_backend(tables["vocab"], tables["merges"])
+        backend = tokenizers.Tokenizer.from_str(header["tokenizer"])
         text = config.text
         return LatentDiffusion(config, Tokenizer(backend, text.max_length, text.pad_id))
 
@@ -1490,14 +1515,12 @@ class LatentDiffusion(nn.Module):
     def text_of(self, prompts: str | list[str] | Tensor | Text, repeats: int) -> Text:
         """The text of prompts, each used so many times in a row. One that is encoded already is
         passed through."""
-        text = prompts
         if isinstance(prompts, (str, list)):
-            text = self.encode_text(prompts)
-        if isinstance(text, Tensor):
-            text = Text(text)
-        given = [part for part in text if part is not None]
+            prompts = self.encode_text(prompts)
+        if isinstance(prompts, Tensor):
+            prompts = Text(prompts)
         parts = [part.to(self.device, self.dtype).repeat_interleave(repeats, dim=0)
-                 for part in given]
+                 for part in prompts if part is not None]
         return Text(*parts)
 
     def texts(self, prompt: str | list[str] | Tensor | Text,
@@ -1549,14 +1572,14 @@ class LatentDiffusion(nn.Module):
         """Makes pictures and yields every step; `decode_latents(step.x)` shows how far they are.
 
         prompt: a string, a list, or what `encode_text` gave; each is used batch_size times.
-        negative_prompt: one for all, or one per prompt; None is the empty prompt (XL: zeros).
-        steps 1 to 1000, sampler (a name in SAMPLERS), guidance_scale: None takes the config's. eta
-        0 to 1: for ddim. seed: picture i draws all its noise from its own generator, seeded with
-        seed + i, on the CPU and in float32, so the noise is the same alone or in a batch and on
-        every device. width, height: multiples of the config's stride. latents [B, 4, h, w]: the
-        noise to start from. image [B or 1, 3, H, W] in [−1, 1]: start from this with noise in it;
-        strength 0 gives it back, 1 forgets it. mask, bool [1, 1, H, W]: where it is False the image
-        stays. (Section 11 makes both from pictures of any size.)
+        negative_prompt: one for all, or one per prompt; None is the empty prompt (XL: zeros). steps
+        1 to 1000, sampler (a name in SAMPLERS), guidance_scale: None takes the config's. eta 0 to
+        1: for ddim. seed: picture i draws all its noise from its own generator, seeded with seed +
+        i, on the CPU and in float32, so the noise is the same alone or in a batch and on every
+        device. width, height: multiples of the config's stride. latents [B, 4, h, w]: the noise to
+        start from, of this size. image [B or 1, 3, height, width] in [−1, 1]: start from this with
+        noise in it; strength 0 gives it back, 1 forgets it. mask, bool [1, 1, height, width]: where
+        it is False the image stays. (Section 11 makes both from pictures of any size.)
         """
         c = self.config
         steps = steps or c.steps
@@ -1565,13 +1588,9 @@ class LatentDiffusion(nn.Module):
             guidance_scale = c.guidance_scale
         texts = self.texts(prompt, negative_prompt, guidance_scale, batch_size)
 
-        if image is not None:
-            height, width = image.shape[2:]
         rows = (height or c.image_size) // c.vae_stride
         columns = (width or c.image_size) // c.vae_stride
         shape = (1, c.vae.latent_channels, rows, columns)
-        if latents is not None:
-            shape = (1, *latents.shape[1:])
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts[0].context))]
         noise = partial(draw_noise, shape, generators, self.device)
         start = noise() if latents is None else latents.to(self.device, torch.float32)
@@ -1580,7 +1599,7 @@ class LatentDiffusion(nn.Module):
         x, levels, known = self.begin(sampler, steps, start, image, strength)
         first = steps - len(levels.timesteps)
         if first == steps:                    # strength 0: no step is left, the image as it is
-            yield Step(steps - 1, 0.0, known, torch.zeros_like(known), known)
+            yield Step(steps - 1, 0.0, known, 0 * known, known)
             return
         # With a mask either the network sees the rest of the picture (extra), or the rest is put
         # back after every step (repaint)
@@ -1625,30 +1644,31 @@ class LatentDiffusion(nn.Module):
         None). For any other: (None, which latents to repaint, bool [1, 1, h, w])."""
         if mask is None:
             return None, None
-        masked = mask.to(self.device).float()                     # 1 where to repaint
         if self.config.unet.in_channels == self.config.vae.latent_channels:
             # A latent is repainted if any of its pixels is
-            return None, F.max_pool2d(masked, self.config.vae_stride) > 0
-        rest = self.encode_image(image.to(self.device) * (1 - masked)).float()
-        small = F.interpolate(masked, rest.shape[2:])              # one pixel per latent
+            repaint = F.max_pool2d(mask.float(), self.config.vae_stride) > 0
+            return None, repaint.to(self.device)
+        rest = self.encode_image(image * ~mask).float()
+        small = F.interpolate(mask.float(), rest.shape[2:]).to(rest)     # one pixel per latent
         return torch.cat([small.expand_as(rest[:, :1]), rest], dim=1), None
 
     def generate(self, prompt: str | list[str] | Tensor | Text,
                  negative_prompt: str | list[str] | Tensor | Text | None = None, *,
                  progress: bool = True, on_step: Callable[[Step], None] | None = None,
-                 image: Tensor | None = None, mask: Tensor | None = None,
                  **settings) -> list[Image.Image]:
         """The pictures. All settings are those of `denoise`. progress: a bar on stderr; on_step is
         called with every step."""
-        steps = settings.get("steps") or self.config.steps
-        with tqdm(desc="denoising", total=steps, disable=not progress) as bar:
-            for step in self.denoise(prompt, negative_prompt, image=image, mask=mask, **settings):
+        total = settings.get("steps") or self.config.steps
+        with tqdm(desc="denoising", total=total, disable=not progress) as bar:
+            for step in self.denoise(prompt, negative_prompt, **settings):
                 bar.update(step.index + 1 - bar.n)
                 if on_step is not None:
                     on_step(step)
         pictures = self.decode_latents(step.x)
+        mask = settings.get("mask")
         if mask is not None:                  # where it is False, the given pixels themselves
-            pictures = torch.where(mask.to(self.device), pictures, image.to(self.device))
+            image = settings["image"]
+            pictures = torch.where(mask, pictures.to(image), image)
         return to_pil(pictures)
 
 
@@ -1708,15 +1728,15 @@ def text_to_image_loss(ldm: LatentDiffusion, x0: Tensor, ids: Tensor, *,
     """Stage 2: the loss of section 2, with captions: a scalar.
 
     x0 [B, 4, h, w]: scaled latents of the pictures. ids [B, L]: their captions. dropped [B], bool:
-    which captions are replaced by the empty one; each with probability 0.1 if None. So one network
+    which captions are replaced by the empty one; each with probability 0.1 if None. (Both on the
+    CPU, where the tokenizer made them and chance is drawn.) So one network
     learns to guess both with the prompt and without, which guidance needs. t, eps, generator: see
     `diffusion_loss`.
     """
     if dropped is None:
         dropped = torch.rand(len(ids), generator=generator) < 0.1
-    empty = ldm.tokenizer("").to(ids.device)                      # [1, L]
-    ids = torch.where(dropped.to(ids.device)[:, None], empty, ids)
-    context = ldm.text_encoder(ids)                               # [B, L, D]
+    ids = torch.where(dropped[:, None], ldm.tokenizer(""), ids)   # [B, L]
+    context = ldm.text_encoder(ids.to(ldm.device))                # [B, L, D]
     return diffusion_loss(ldm.unet, x0, context, ldm.alphas_cumprod, ldm.config.prediction, t=t,
                           eps=eps, generator=generator)
 
@@ -1809,13 +1829,13 @@ class Muon(torch.optim.AdamW):
 if STEPPING:
     vae = VAE(SHAPES.vae)
     weights = list(vae.parameters())
-    averages = [p.detach().clone() for p in weights]
 
     def loss_of(step):
         image = torch.rand(8, 3, 1, 1).expand(8, 3, 64, 64)
         return vae_loss(vae, image, torch.randn(8, 4, 8, 8))
 
-    for step_and_loss in train(weights, averages, torch.optim.AdamW(weights), loss_of, steps=20):
+    # (Without averages)
+    for step_and_loss in train(weights, [], torch.optim.AdamW(weights), loss_of, steps=20):
         print(step_and_loss)
 
 
@@ -2089,6 +2109,8 @@ def check_settings(settings: dict) -> None:
         value = settings.get(name)
         if value is not None and not low <= value <= high:       # "not a number" isn't, either
             raise InputError(f"{name} must be from {low} to {high}, not {value}")
+    if settings.get("sampler") == "lcm" and (settings.get("steps") or 1) > 50:
+        raise InputError(f"steps must be from 1 to 50 with lcm, not {settings['steps']}")
     if settings.get("sampler") not in (None, *SAMPLERS):
         raise InputError(f"unknown sampler {settings['sampler']!r}; there are: "
                          f"{', '.join(SAMPLERS)}")
@@ -2297,10 +2319,11 @@ def add_words(backend: tokenizers.Tokenizer, words: list[str]) -> None:
 
 @functools.wraps(lesson_from_header)
 def from_header(header: dict[str, str]) -> LatentDiffusion:
-    ldm = lesson_from_header(header)
-    added = json.loads(header["tokenizer"])["added_tokens"]
-    add_words(ldm.tokenizer.backend, [token["content"] for token in added])
-    return ldm
+    # Only the tables: the rules of a stranger's tokenizer could take forever
+    found = json.loads(header["tokenizer"])
+    backend = clip_backend(found["model"]["vocab"], found["model"]["merges"])
+    add_words(backend, [token["content"] for token in found["added_tokens"]])
+    return lesson_from_header({**header, "tokenizer": backend.to_str()})
 
 
 @functools.wraps(lesson_load)
@@ -2351,11 +2374,14 @@ def behind_the_door(lesson_method: Callable) -> Callable:
     def method(self, prompt, negative_prompt=None, **settings):
         settings = {name: value.item() if isinstance(value, np.generic) else value
                     for name, value in settings.items()}
-        check_settings(settings)
+        check_settings({**settings, "sampler": settings.get("sampler") or self.config.sampler})
         prompts, negatives = count_of(prompt), count_of(negative_prompt)
         if not prompts or negatives not in (1, prompts):
             raise InputError(f"{prompts} prompts and {negatives} negative prompts: give at least "
                              "one prompt, and one negative prompt for all or one for each")
+        if settings.get("latents") is not None:
+            sides = [side * self.config.vae_stride for side in settings["latents"].shape[2:]]
+            settings.update(height=sides[0], width=sides[1])
         settings = fit_pictures(self.config, **settings)
         return lesson_method(self, prompt, negative_prompt, **settings)
     return method
@@ -2530,7 +2556,7 @@ class Trainer:
         parts = [self.encoded(number, batch // uses) for number in range(step, step + uses)]
         latents, captions = zip(*parts)
         t = torch.rand(batch, generator=rng) ** (2 / 3) * ldm.config.schedule.num_timesteps
-        ids = ldm.tokenizer(sum(captions, ())).to(ldm.device)
+        ids = ldm.tokenizer(sum(captions, ()))
         return text_to_image_loss(ldm, torch.cat(latents), ids, t=t.long(), generator=rng)
 
     def fit(self, stage: str, loss_of: Callable[[int], Tensor], steps: int) -> None:
