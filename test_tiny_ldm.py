@@ -469,16 +469,40 @@ def test_euler_is_ddim_in_other_words_and_ddpm_is_ddim_with_eta_1(sampler, eta):
     torch.testing.assert_close(*ends)
 
 
+def test_lcm_with_a_network_that_names_the_end_of_its_path_needs_one_step():
+    """Such a network is what a consistency model is trained to be. For a Gaussian the end is known:
+    a point keeps its distance from the mean, in standard deviations."""
+    def consistent(x, t, alpha_bar):
+        away = (x - alpha_bar**0.5 * MEAN) / deviation_at(alpha_bar)
+        return (x - alpha_bar**0.5 * point_at(1.0, away)) / (1 - alpha_bar) ** 0.5
+
+    noise = partial(torch.randn, 20000, generator=seeded(), dtype=torch.float64)
+    for steps in (1, 2, 4):
+        first = tiny_ldm.lcm_timesteps(steps, SIGMAS).alpha_bars[0]
+        x = walk("lcm", consistent, point_at(first, noise()), steps, noise)[-1].x
+        assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
+        assert x.std().item() == pytest.approx(DEVIATION, rel=0.02)
+
+
+def test_lcm_stops_where_its_networks_are_trained():
+    """Of the 50 timesteps 19, 39 ... 999, and at most at all of them."""
+    for steps in range(1, 51):
+        timesteps, alpha_bars = tiny_ldm.lcm_timesteps(steps, SIGMAS)
+        assert len(set(timesteps)) == steps and timesteps[0] == 999 and alpha_bars[-1] == 1
+        assert all(t % 20 == 19 for t in timesteps)
+    assert tiny_ldm.lcm_timesteps(4, SIGMAS).timesteps == [999, 759, 499, 259]
+
+
 @pytest.mark.parametrize("steps", [1, 7, 50, 250])
 @pytest.mark.parametrize("sampler, extra", [
     ("ddpm", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.7}), ("plms", {}), ("euler", {}),
     ("euler_a", {}), ("euler_leading", {}), ("euler_trailing", {}), ("euler_a_trailing", {}),
-    ("dpmpp_2m", {}), ("dpmpp_2m_karras", {})])
+    ("dpmpp_2m", {}), ("dpmpp_2m_karras", {}), ("lcm", {})])
 def test_samplers_equal_those_of_diffusers(sampler, extra, steps):
     """On a fixed "network", with the same noise. diffusers' DDPM ends its last step at ᾱ = 1, the
     original at ᾱ₀, and its Euler's only step of one begins at t = 0: both left out."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    if steps == 1 and sampler in ("euler", "euler_a", "ddpm"):
+    if steps == 1 and sampler in ("euler", "euler_a", "ddpm") or steps > 50 and sampler == "lcm":
         pytest.skip("nothing to compare")
     scheduler = reference_scheduler(sampler)
     scheduler.set_timesteps(steps)
@@ -491,7 +515,7 @@ def test_samplers_equal_those_of_diffusers(sampler, extra, steps):
     ours = walk(sampler, toy, start, steps, noise, **extra)
     if sampler != "plms":                       # diffusers counts its look-ahead as a step
         assert [step.t for step in ours] == pytest.approx(scheduler.timesteps.tolist())
-    if sampler in ("ddpm", "ddim", "euler_a", "euler_a_trailing"):
+    if sampler in ("ddpm", "ddim", "euler_a", "euler_a_trailing", "lcm"):
         extra = {**extra, "generator": seeded(5)}
     theirs = []
     for t in scheduler.timesteps:
@@ -595,6 +619,16 @@ def test_guidance_is_a_line_from_the_negative_prompt_through_the_prompt(tiny):
     both = first(["a", "a"], negative_prompt=["a red circle", "a star"])
     assert same(both[0], one[0])
     assert not same(both[1], one[1])
+
+
+def test_guidance_1_asks_the_network_once_and_needs_no_negative_prompt(tiny):
+    for scale, rows, texts in ((1.0, 1, 1), (2.0, 2, 2)):
+        with calls_of(tiny.unet, tiny.text_encoder) as calls:
+            list(tiny.denoise("a", "b", steps=3, guidance_scale=scale))
+        asked = [output.shape[0] for inputs, output in calls if output.ndim == 4]
+        assert asked == [rows] * 3 and len(calls) == 3 + texts
+    long = torch.cat([tiny.encode_text("a red"), tiny.encode_text("circle")], dim=1)
+    assert len(tiny.generate(long, guidance_scale=1.0, steps=1, progress=False)) == 1
 
 
 def test_prediction_eps_and_v_differ_as_they_should(tiny):
@@ -1959,6 +1993,12 @@ def test_pictures_are_cropped_to_the_size_and_their_masks_with_them(width, heigh
     (["a"], dict(negative_prompt=["b"] * 2), "1 prompts and 2 negative prompts"),
     ("a", dict(steps=0), "steps must be from 1 to 1000, not 0"),
     ("a", dict(sampler="magic"), "unknown sampler 'magic'"),
+    ("a", dict(sampler="lcm", steps=51), "steps must be from 1 to 50 with lcm, not 51"),
+    (torch.zeros(1, 24, 16), dict(negative_prompt=torch.zeros(1, 12, 16)),
+     r"the prompt is \[1, 24, 16\] and that of the negative prompt \[1, 12, 16\]"),
+    (torch.zeros(2, 12, 16), {}, r"\[2, 12, 16\] and that of the negative prompt \[1, 16, 16\]"),
+    (torch.zeros(2, 8, 16), dict(negative_prompt=torch.zeros(3, 8, 16)),
+     "2 prompts and 3 negative prompts"),
     ("a", dict(width=40), "width 40 is not a multiple of 16 up to 8192; the nearest: 32 or 48"),
     ("a", dict(mask=Image.new("L", (8, 8))), "a mask needs an image")])
 def test_python_checks_what_the_command_checks(prompts, settings, message, tiny):

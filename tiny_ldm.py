@@ -2361,11 +2361,12 @@ def decode_latents(self: LatentDiffusion, latents: Tensor) -> Tensor:
     return image
 
 
-def count_of(prompts: str | list[str] | Tensor | Text | None) -> int:
-    """How many prompts they are. None is the empty one."""
-    if prompts is None or isinstance(prompts, str):
-        return 1
-    return len(prompts.context if isinstance(prompts, Text) else prompts)
+def shape_of(prompts: str | list[str] | Tensor | Text | None, c: Config) -> list[int]:
+    """The shape [B, L, D] that their context has, or will have."""
+    if isinstance(prompts, (Tensor, Text)):
+        return list(getattr(prompts, "context", prompts).shape)
+    count = len(prompts) if isinstance(prompts, list) else 1          # None: the empty one
+    return [count, c.text.max_length, c.context_dim]
 
 
 def behind_the_door(lesson_method: Callable) -> Callable:
@@ -2375,10 +2376,18 @@ def behind_the_door(lesson_method: Callable) -> Callable:
         settings = {name: value.item() if isinstance(value, np.generic) else value
                     for name, value in settings.items()}
         check_settings({**settings, "sampler": settings.get("sampler") or self.config.sampler})
-        prompts, negatives = count_of(prompt), count_of(negative_prompt)
-        if not prompts or negatives not in (1, prompts):
-            raise InputError(f"{prompts} prompts and {negatives} negative prompts: give at least "
-                             "one prompt, and one negative prompt for all or one for each")
+        negative = negative_prompt
+        scale = settings.get("guidance_scale")
+        scale = self.config.guidance_scale if scale is None else scale
+        if scale == 1 or negative is None and self.config.text_2:
+            negative = prompt                # none is needed, or zeros in its place
+        shape, negative_shape = [shape_of(it, self.config) for it in (prompt, negative)]
+        if not shape[0] or negative_shape[0] not in (1, shape[0]):
+            raise InputError(f"{shape[0]} prompts and {negative_shape[0]} negative prompts: give "
+                             "at least one prompt, and one negative prompt for all or one for each")
+        if shape[1:] != negative_shape[1:]:
+            raise InputError(f"the context of the prompt is {shape} and that of the negative "
+                             f"prompt {negative_shape}: all but the first number must be equal")
         if settings.get("latents") is not None:
             sides = [side * self.config.vae_stride for side in settings["latents"].shape[2:]]
             settings.update(height=sides[0], width=sides[1])

@@ -284,7 +284,8 @@ def reference_scheduler(sampler: str):
         "euler_trailing": ("EulerDiscrete", dict(timestep_spacing="trailing")),
         "euler_a_trailing": ("EulerAncestralDiscrete", dict(timestep_spacing="trailing")),
         "dpmpp_2m": ("DPMSolverMultistep", {}),
-        "dpmpp_2m_karras": ("DPMSolverMultistep", dict(use_karras_sigmas=True))}[sampler]
+        "dpmpp_2m_karras": ("DPMSolverMultistep", dict(use_karras_sigmas=True)),
+        "lcm": ("LCM", {})}[sampler]
     kind = getattr(diffusers, f"{name}Scheduler")
     return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
 
