@@ -6,11 +6,17 @@
 Then tiny_ldm.py itself, cell by cell (`# %%`), of which those called "Look" must show something,
 and a picture with what they have defined.
 
+A cell with the tag "exercise" has a line to fill in, the cell after it checks that, and the next
+text has the answer. All three run: the check must say that the cell as it stands is "not filled
+in", and of the answer that it is "right". What is stored is the second.
+
 A notebook fails if a cell raises or writes to stderr (a warning of deprecation in our own code, a
 progress bar), if it takes more than 3 minutes, or, when checking, if the stored outputs are stale:
 cells not run in order, or with other kinds of output (picture, text) than now.
 """
 import argparse
+import base64
+import io
 import os
 import re
 import sys
@@ -19,6 +25,7 @@ import time
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -48,10 +55,61 @@ def complaints(cell: nbformat.NotebookNode, with_bars: bool) -> list[str]:
     return [text.strip()[:500] for text in texts if text.strip()]
 
 
+def text_of(cell: nbformat.NotebookNode) -> str:
+    """What a cell prints, which may come in pieces."""
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def with_answers(book: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells in the order in which they run: after each exercise its check, then the answer in
+    place of the exercise, which the check that is stored judges."""
+    cells = []
+    for i, cell in enumerate(book.cells):
+        cells.append(cell)
+        if "exercise" in cell.metadata.get("tags", ()):
+            answer = re.search(r"<summary>Answer</summary>\s*```python\n(.*?)```",
+                               book.cells[i + 2].source, re.S)
+            cells += [nbformat.v4.new_code_cell(book.cells[i + 1].source, metadata={"run": "once"}),
+                      nbformat.v4.new_code_cell(answer[1], metadata={"run": "once"})]
+    return cells
+
+
+def exercises(cells: list[nbformat.NotebookNode]) -> list[str]:
+    """What is wrong with the exercises, of cells that have run; takes the added cells out."""
+    wrong = []
+    for i, cell in enumerate(cells):
+        if "exercise" in cell.metadata.get("tags", ()):
+            name = cells[i - 1].source.splitlines()[0]
+            if "not filled in" not in text_of(cells[i + 1]):
+                wrong.append(f"{name}: unfilled, the check says {text_of(cells[i + 1])!r}")
+            if text_of(cells[i + 3]).strip() != "right":
+                wrong.append(f"{name}: of the answer the check says {text_of(cells[i + 3])!r}")
+    cells[:] = [cell for cell in cells if "run" not in cell.metadata]
+    codes = (cell for cell in cells if cell.cell_type == "code")
+    for number, cell in enumerate(codes, 1):
+        cell.execution_count = number
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = number
+    return wrong
+
+
+def shrink(cell: nbformat.NotebookNode) -> None:
+    """Stores pictures with a palette of 256 colours: a fraction of the bytes, and looks the same."""
+    for output in cell.get("outputs", ()):
+        if "image/png" in output.get("data", {}):
+            picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+            small = io.BytesIO()
+            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                small, "PNG", optimize=True)
+            output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
+
+
 def check(path: Path, write: bool, with_bars: bool = True) -> list[str]:
     """Runs one notebook; returns what is wrong with it. A progress bar is wrong if with_bars."""
     stored = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
+    fresh.cells = with_answers(fresh)
     began = time.monotonic()
     try:
         NotebookClient(fresh, timeout=600, kernel_name="python3",
@@ -59,7 +117,7 @@ def check(path: Path, write: bool, with_bars: bool = True) -> list[str]:
     except CellExecutionError as e:
         return [str(e)]
     seconds = time.monotonic() - began
-    wrong = []
+    wrong = exercises(fresh.cells)
     old, new = ([c for c in book.cells if c.cell_type == "code"] for book in (stored, fresh))
     for number, (was, now) in enumerate(zip(old, new), 1):
         for text in complaints(now, with_bars):
@@ -72,6 +130,7 @@ def check(path: Path, write: bool, with_bars: bool = True) -> list[str]:
     if write and not wrong:
         for cell in fresh.cells:
             cell.metadata.pop("execution", None)          # times of day change with every run
+            shrink(cell)
         fresh.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3",
                                          "language": "python"},
                           "language_info": {"name": "python"}}
