@@ -922,7 +922,7 @@ def official(tmp_path_factory):
 
 def convert(source, out, folder, *more) -> int:
     return weights_convert.main([str(source), "-o", str(out), "--tokenizer",
-                                 str(folder / "tokenizer.json"), *more])
+                                 str(folder / "tokenizer.json"), *map(str, more)])
 
 
 def with_one_changed(source: Path, out: Path, name: str, tensor: torch.Tensor | None) -> Path:
@@ -1751,6 +1751,178 @@ def test_siblings_come_back_bit_for_bit(name, siblings, tmp_path):
     assert len(back) == len(weights_convert.name_map(NARROW_2 if name == "sd2" else NARROW_XL)) - 12
     for key, t in back.items():
         assert t.dtype == mixed[key].dtype and torch.equal(t, mixed[key])
+
+
+# LoRAs. Each spelling that is about, for the same few layers of the narrow models: ours, and its
+# name in the file without what follows
+
+LORAS = {
+    "kohya": {
+        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "unet.down_blocks.5.1.blocks.0.cross_attention.to_out":
+            "lora_unet_down_blocks_1_attentions_1_transformer_blocks_0_attn2_to_out_0",
+        "unet.mid_block.1.proj_in": "lora_unet_mid_block_attentions_0_proj_in",
+        "unet.up_blocks.3.1.blocks.0.feed_forward.proj_in":
+            "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj",
+        "unet.up_blocks.2.0.conv1": "lora_unet_up_blocks_0_resnets_2_conv1",
+        "unet.down_blocks.3.0.conv": "lora_unet_down_blocks_0_downsamplers_0_conv",
+        "text_encoder.layers.0.attention.to_v":
+            "lora_te_text_model_encoder_layers_0_self_attn_v_proj",
+        "text_encoder.layers.0.attention.to_out":
+            "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
+        "text_encoder.layers.1.fc1": "lora_te_text_model_encoder_layers_1_mlp_fc1"},
+    "kohya XL": {
+        "unet.down_blocks.4.1.blocks.1.self_attention.to_q":
+            "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q",
+        "unet.mid_block.1.blocks.9.cross_attention.to_k":
+            "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_k",
+        "unet.up_blocks.5.1.proj_out": "lora_unet_output_blocks_5_1_proj_out",
+        "text_encoder.layers.0.attention.to_out":
+            "lora_te1_text_model_encoder_layers_0_self_attn_out_proj",
+        "text_encoder_2.layers.1.attention.to_k":
+            "lora_te2_text_model_encoder_layers_1_self_attn_k_proj",
+        "text_encoder_2.layers.1.attention.to_out":
+            "lora_te2_text_model_encoder_layers_1_self_attn_out_proj"},
+    "diffusers, 2022": {
+        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora",
+        "unet.mid_block.1.blocks.0.cross_attention.to_out":
+            "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora"},
+    "diffusers, 2023": {
+        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
+            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora",
+        "unet.mid_block.1.proj_out": "unet.mid_block.attentions.0.proj_out.lora",
+        "text_encoder.layers.0.attention.to_out":
+            "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora",
+        "text_encoder.layers.0.fc2":
+            "text_encoder.text_model.encoder.layers.0.mlp.fc2.lora_linear_layer"},
+    "peft": {
+        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
+            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.up_blocks.2.0.conv1": "unet.up_blocks.0.resnets.2.conv1",
+        "text_encoder.layers.1.attention.to_q":
+            "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"}}
+ENDINGS = {"kohya": ("lora_down.weight", "lora_up.weight"), "diffusers": ("down.weight", "up.weight"),
+           "peft": ("lora_A.weight", "lora_B.weight")}
+
+
+def a_lora(spelling: str, config: tiny_ldm.Config, rank: int = 2, alpha: float = 3.0):
+    """(the file's tensors, what it adds to ours at scale 1)."""
+    tensors, added = {}, {}
+    ending = ENDINGS[re.split("[ ,]", spelling)[0]]
+    for ours, theirs in LORAS[spelling].items():
+        entry = weights_convert.name_map(config)[f"{ours}.weight"]
+        shape = entry.shape if ours.startswith("text") else entry.official_shape
+        down = randn(rank, *shape[1:], seed=len(added))
+        up = randn(shape[0], rank, *[1] * (len(shape) - 2), seed=len(added) + 100)
+        tensors[f"{theirs}.{ending[0]}"], tensors[f"{theirs}.{ending[1]}"] = down, up
+        factor = 1.0
+        if spelling.startswith("kohya"):
+            tensors[f"{theirs}.alpha"], factor = torch.tensor(alpha), alpha / rank
+        change = factor * up.flatten(1) @ down.flatten(1)
+        added[f"{ours}.weight"] = change.reshape(entry.shape)
+    return tensors, added
+
+
+@pytest.mark.parametrize("spelling, base", [
+    ("kohya", "plain"), ("kohya", "sd2"), ("kohya XL", "xl"), ("diffusers, 2022", "plain"),
+    ("diffusers, 2023", "plain"), ("peft", "plain"), ("peft", "sd2")])
+def test_loras_are_added_to_the_weights(spelling, base, siblings, tmp_path, capsys):
+    config = {"plain": NARROW, "sd2": NARROW_2, "xl": NARROW_XL}[base]
+    tensors, added = a_lora(spelling, config)
+    save_file(tensors, tmp_path / "one.safetensors")
+    torch.save(tensors, tmp_path / "one.pt")
+    source = siblings / f"{base}.safetensors"
+    assert convert(source, tmp_path / "without", siblings) == 0
+    loras = [f"{tmp_path / 'one.safetensors'}:0.5", tmp_path / "one.pt"]
+    assert convert(source, tmp_path / "with", siblings, "--lora", *loras) == 0
+    assert f"one.safetensors, of {len(added)} layers, at scale 0.5" in capsys.readouterr().err
+    before, after = load_file(tmp_path / "without"), load_file(tmp_path / "with")
+    for name, t in before.items():
+        wanted = t + 1.5 * added[name] if name in added else t
+        torch.testing.assert_close(after[name], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_loras_alpha_may_be_in_its_header(official, tmp_path):
+    tensors, added = a_lora("peft", NARROW)
+    says = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"resnets.2.conv1": 1},
+            "text_encoder.lora_alpha": 8, "text_encoder.use_rslora": True}
+    factors = {"unet.down": 4, "unet.up_b": 0.5, "text_enc": 8 / 2**0.5}
+    save_file(tensors, tmp_path / "l", {"lora_adapter_metadata": json.dumps(says)})
+    source = official / "plain.safetensors"
+    assert convert(source, tmp_path / "o", official, "--lora", tmp_path / "l") == 0
+    before, after = load_file(official / "ours.safetensors"), load_file(tmp_path / "o")
+    for name, change in added.items():
+        wanted = before[name] + factors[name[:8] if name[0] == "t" else name[:9]] * change
+        torch.testing.assert_close(after[name], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_loras_that_can_not_be_added_are_refused(official, tmp_path, capsys):
+    good, _ = a_lora("kohya", NARROW)
+    first, *_, last = good
+    conv = "lora_unet_down_blocks_0_downsamplers_0_conv"
+    for changes, message in (
+            ({"lora_unet_x.lora_up.weight": torch.ones(3)}, "1 of its 28 tensors are of no layer"),
+            ({f"{conv}.lora_mid.weight": torch.ones(3)}, "lora_mid"),
+            ({first: torch.ones(2, 7)}, "is for another model: it changes unet_down_blocks_0"),
+            ({f"{conv}.hada_w1_a": torch.ones(3)}, "is a LoHa; only plain LoRAs"),
+            ({f"{conv}.lokr_w1": torch.ones(3)}, "is a LoKr"),
+            ({f"{conv}.dora_scale": torch.ones(3)}, "is a DoRA"),
+            ({first: None}, "is damaged (KeyError: 'down')"),
+            ({last: torch.ones(3)}, "is damaged"),
+            ({first: torch.full_like(good[first], float("inf"))}, "values that are not finite")):
+        tensors = {name: t for name, t in {**good, **changes}.items() if t is not None}
+        save_file(tensors, tmp_path / "l.safetensors")
+        lora = tmp_path / "l.safetensors"
+        assert convert(official / "plain.ckpt", tmp_path / "o", official, "--lora", lora) == 2
+        assert message in last_line(capsys)
+    for given, message in ((f"{lora}:x", "x is no scale"), (f"{lora}:nan", "is no scale"),
+                           (tmp_path / "none", "no file"), (official / "ours.safetensors", "of no"),
+                           (official / "tokenizer.json", "neither a whole .safetensors nor")):
+        assert convert(official / "plain.ckpt", tmp_path / "o", official, "--lora", given) == 2
+        assert message in last_line(capsys)
+    assert not (tmp_path / "o").exists()
+    distilled = load_file(official / "plain.safetensors")
+    distilled[f"{weights_convert.UNET}.time_embed.cond_proj.weight"] = torch.ones(3, 3)
+    save_file(distilled, tmp_path / "d.safetensors")
+    assert convert(tmp_path / "d.safetensors", tmp_path / "o", official) == 2
+    assert "a distilled model that takes the guidance scale as an input" in last_line(capsys)
+
+
+@whole
+@with_references
+@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
+@pytest.mark.parametrize("spelling, name", [
+    ("kohya", "plain"), ("kohya", "sd2"), ("kohya XL", "xl"), ("diffusers, 2023", "plain"),
+    ("peft", "plain")])
+def test_loras_are_added_as_diffusers_adds_them(spelling, name, siblings, tmp_path):
+    import diffusers
+    config = {"plain": NARROW, "sd2": NARROW_2, "xl": NARROW_XL}[name]
+    source = load_file(siblings / f"{name}.safetensors")
+    if name == "plain":
+        parts = dict(zip(("text_encoder", "unet", "vae"), reference_models(config, source)))
+    else:
+        parts = reference_siblings(config, source)
+    kind, others = diffusers.StableDiffusionPipeline, dict.fromkeys(
+        ("tokenizer", "safety_checker", "feature_extractor"))
+    if name == "xl":
+        kind, others = diffusers.StableDiffusionXLPipeline, dict.fromkeys(
+            ("tokenizer", "tokenizer_2"))
+    pipeline = kind(**parts, **others, scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1))
+    tensors, _ = a_lora(spelling, config)
+    save_file(tensors, tmp_path / "l.safetensors")
+    pipeline.load_lora_weights(str(tmp_path), weight_name="l.safetensors")
+    pipeline.fuse_lora(lora_scale=0.7)
+    pipeline.unload_lora_weights()
+    for part in parts:
+        getattr(pipeline, part).save_pretrained(tmp_path / "f" / part)
+    assert convert(tmp_path / "f", tmp_path / "theirs", siblings) == 0
+    assert convert(siblings / f"{name}.safetensors", tmp_path / "ours", siblings, "--lora",
+                   f"{tmp_path / 'l.safetensors'}:0.7") == 0
+    ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+    for tensor, t in theirs.items():
+        torch.testing.assert_close(ours[tensor], t, rtol=1e-6, atol=1e-6)
 
 
 def test_prompts_of_siblings_are_padded_and_emptied_as_they_were_trained(siblings, tmp_path):

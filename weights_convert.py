@@ -3,6 +3,7 @@ and back.
 
     python weights_convert.py v1-5-pruned-emaonly.ckpt --tokenizer bpe_simple_vocab_16e6.txt.gz
     python weights_convert.py stable-diffusion-v1-5/stable-diffusion-v1-5
+    python weights_convert.py SOURCE --lora one.safetensors other.safetensors:0.7
     python weights_convert.py --to official FILE -o OUT.safetensors
 
 SOURCE is an original file (.ckpt, .safetensors), a diffusers folder, or the id of a hub repository.
@@ -611,7 +612,9 @@ def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
     """Names what is no Stable Diffusion 1.x, 2.x or XL. Raises InputError."""
     marks = {"Stable Diffusion 3": r"\bjoint_blocks\.", "Flux": r"\bdouble_blocks\.",
              "CosXL, whose schedule is another": r"^edm_vpred\.sigma_max$",
-             "Playground, whose schedule is another": r"^edm_mean$"}
+             "Playground, whose schedule is another": r"^edm_mean$",
+             "a distilled model that takes the guidance scale as an input":
+                 r"\btime_embed(ding)?\.cond_proj\."}
     if f"{OPEN_TEXT}.token_embedding.weight" in tensors:
         marks["the refiner of Stable Diffusion XL, no model by itself"] = rf"^{UNET}\.label_emb\."
     if not any(name.endswith("token_embedding.weight") and NETWORKS.match(name)
@@ -740,6 +743,8 @@ def as_set(config: Config, folder: Path) -> Config:
                 config = replace(config, prediction="v")
             if found.get("timestep_spacing") == "trailing":
                 config = as_turbo(config)
+            if found.get("_class_name") == "LCMScheduler":
+                config = replace(config, sampler="lcm", steps=4, guidance_scale=1.0)
     scale = said.pop("scaling_factor", config.scale_factor)
     return replace(config, scale_factor=scale, schedule=replace(config.schedule, **said))
 
@@ -839,7 +844,105 @@ def is_zero(t: Tensor) -> bool:
     return not t.flatten()[:64].any() and not t.any()
 
 
-# %% 5. Writing
+# %% 5. LoRA
+# --------------------------------------------------------------------------------------------------
+# A LoRA (Hu et al. 2021, arXiv:2106.09685) changes layers of a model by products of two thin
+# matrices: W + scale · (alpha / rank) · up @ down. Programs spell the layers' names in many ways;
+# one way of ours stands for all: diffusers' name, or the official one, with _ for every dot.
+
+LORA_TENSOR = re.compile(r"(?P<layer>.+?)([._]lora(_linear_layer)?[._](?P<kind>down|up|A|B)"
+                         r"(\.default)?\.weight|(_lora)?\.(?P<alpha>alpha))")
+LORA_SPELLINGS = [(r"\.processor\b", ""), (r"\.", "_"), (r"^base_model_model_|^lora_", ""),
+                  (r"^te1?_", "text_encoder_"), (r"^te2_", "text_encoder_2_"),
+                  (r"^(text_encoder(_2)?)_text_model_", r"\1_"),
+                  (r"^(?=(down_blocks|mid_block|up_blocks)_)", "unet_"),
+                  (r"(_attn\d_to_out)$", r"\1_0"), (r"_attn_to_(q|k|v|out)$", r"_attn_\1_proj")]
+OTHER_KINDS = {"LoHa": "hada_w", "LoKr": "lokr_w", "DoRA": r"dora_scale|lora_magnitude_vector"}
+
+
+class Change(NamedTuple):
+    """What a LoRA adds to one weight."""
+    factor: float
+    up: Tensor                    # [out, rank], of a convolution [out, rank, 1, 1]
+    down: Tensor                  # [rank, in], of a convolution [rank, in, k, k]
+
+    def added_to(self, t: Tensor) -> Tensor:
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return t.float() + self.factor * product.reshape(t.shape)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        rank, inputs = self.down.flatten(1).shape
+        up = self.up.flatten(1).shape
+        return (*up, inputs) == (shape[0], rank, torch.Size(shape[1:]).numel())
+
+
+def lora_name(layer: str) -> str:
+    """Any spelling of a layer's name -> the one that stands for all."""
+    for theirs, ours in LORA_SPELLINGS:
+        layer = re.sub(theirs, ours, layer)
+    return layer
+
+
+def lora_factor(settings: dict, layer: str, rank: int) -> float:
+    """alpha / rank as a file's header has it, where newer diffusers keep peft's settings."""
+    part = re.match(r"text_encoder(_2)?|unet|vae", layer)[0]
+    alpha = settings.get(f"{part}.lora_alpha", rank)
+    for pattern, value in (settings.get(f"{part}.alpha_pattern") or {}).items():
+        if layer.endswith(lora_name(pattern)):
+            alpha = value
+    return alpha / (rank**0.5 if settings.get(f"{part}.use_rslora") else rank)
+
+
+def read_lora(given: str, c: Config) -> dict[str, Change]:
+    """FILE or FILE:SCALE -> what it adds to our weights, by name. Raises InputError."""
+    path, scale = Path(given), 1.0
+    if not path.exists() and ":" in given:
+        path, _, number = given.rpartition(":")
+        path = Path(path)
+        with input_errors(f"--lora {given}: {number} is no scale", "write FILE or FILE:0.8"):
+            scale = float(number)
+            if not abs(scale) <= 1000:
+                raise ValueError("from -1000 to 1000")
+    tensors = read_tensors(path)
+    for kind, mark in OTHER_KINDS.items():
+        if any(re.search(mark, name) for name in tensors):
+            raise InputError(f"{path} is a {kind}; only plain LoRAs can be added")
+    layers = {}
+    for ours, e in name_map(c).items():
+        for name in (e.diffusers, e.official.replace(UNET, "unet")):
+            layers[lora_name(name.removesuffix(".weight"))] = ours
+    found, others = {}, []
+    for name, t in tensors.items():
+        parts = LORA_TENSOR.fullmatch(name)
+        layer = parts and lora_name(parts["layer"])
+        if layer not in layers:
+            others.append(name)
+            continue
+        kind = {"A": "down", "B": "up"}.get(parts["kind"], parts["kind"] or "alpha")
+        found.setdefault(layer, {})[kind] = t
+    if others or not found:
+        raise InputError(f"{path} can't be added to {c.name}: {len(others)} of its {len(tensors)} "
+                         f"tensors are of no layer there ({', '.join(others[:2])}); get one that "
+                         "was made for this model")
+    changes = {}
+    with input_errors(f"{path} is damaged", "get it again"):
+        settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+        for layer, parts in found.items():
+            up, down = parts["up"], parts["down"]
+            factor = lora_factor(settings, layer, len(down))
+            if "alpha" in parts:
+                factor = parts["alpha"].item() / len(down)
+            ours = layers[layer]
+            changes[ours] = Change(scale * factor, up, down)
+            if not changes[ours].fits(name_map(c)[ours].shape):
+                raise InputError(f"{path} is for another model: it changes {layer} by "
+                                 f"{list(up.shape)} @ {list(down.shape)}, which here is "
+                                 f"{list(name_map(c)[ours].shape)}")
+    say(f"adding {path}, of {len(changes)} layers, at scale {scale:g}")
+    return changes
+
+
+# %% 6. Writing
 # --------------------------------------------------------------------------------------------------
 
 # What a .safetensors calls the number formats
@@ -861,10 +964,10 @@ def forget(t: Tensor) -> None:
 
 
 def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | None,
-                      metadata: dict[str, str]) -> None:
+                      metadata: dict[str, str], changes: tuple[dict[str, Change], ...] = ()) -> None:
     """A .safetensors, tensor by tensor: the header's length, the header as JSON, the bytes. dtype:
-    None keeps each tensor's. Raises InputError for values that are not finite, and for a disk that
-    is full."""
+    None keeps each tensor's. changes: those of LoRAs. Raises InputError for values that are not
+    finite, and for a disk that is full."""
     header, at = {"__metadata__": metadata}, 0
     for name, (parts, shape) in rows.items():
         kind = dtype or parts[0].dtype
@@ -883,6 +986,9 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
             file.write(len(head).to_bytes(8, "little") + head)
             for name, (parts, shape) in tqdm(rows.items(), "converting", unit="tensor"):
                 t = parts[0] if len(parts) == 1 else torch.cat(parts)
+                for lora in changes:
+                    if name in lora:
+                        t = lora[name].added_to(t)
                 t = t.to(dtype or parts[0].dtype).reshape(shape).contiguous()
                 if not t.isfinite().all():
                     raise InputError(f"{name} holds values that are not finite in {t.dtype}; get "
@@ -930,8 +1036,9 @@ def as_trained(config: Config, source: str, path: Path, tensors: dict[str, Tenso
 
 
 def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | None,
-            prediction: str | None, ema: bool | None) -> None:
-    """Official or diffusers' weights to a tiny_ldm weights file. Raises InputError."""
+            prediction: str | None, ema: bool | None, loras: list[str]) -> None:
+    """Official or diffusers' weights, with LoRAs added, to a tiny_ldm weights file. Raises
+    InputError."""
     path, address, known = Path(source), HUB_ID.fullmatch(source), None
     is_file_name = source.endswith((".ckpt", ".safetensors"))
     if not path.exists() and address and (address["file"] or not is_file_name):
@@ -957,6 +1064,7 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
     shapes = {ours: e.official_shape if official else e.shape for ours, e in entries.items()}
     check_tensors(tensors, {names[ours]: shape for ours, shape in shapes.items()}, source)
     config = as_trained(config, source, path, tensors, known, prediction)
+    changes = tuple(read_lora(lora, config) for lora in loras)
     backend = find_tokenizer(tokenizer, path)
     tokens, rows = backend.get_vocab_size(), config.text.vocab_size
     if not 0.95 * rows <= tokens <= rows:         # some trainers pad the embedding
@@ -970,7 +1078,7 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
     for ours, e in entries.items():
         t = tensors[names[ours]]
         rows[ours] = [ours_of(t, e) if official else t], e.shape
-    write_safetensors(out, rows, dtype, metadata)
+    write_safetensors(out, rows, dtype, metadata, changes)
 
 
 def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
@@ -996,7 +1104,7 @@ def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
     write_safetensors(out, rows, dtype, {"format": "pt", "modelspec.prediction_type": kind})
 
 
-# %% 6. Command line
+# %% 7. Command line
 # --------------------------------------------------------------------------------------------------
 
 def run(argv: list[str]) -> None:
@@ -1007,6 +1115,8 @@ def run(argv: list[str]) -> None:
     add("source", metavar="SOURCE", help=".ckpt, .safetensors, diffusers folder, or hub repository")
     add("-o", "--output", metavar="FILE", type=Path, help="default: named after SOURCE")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as in SOURCE")
+    add("--lora", metavar="FILE[:SCALE]", nargs="+", action="extend", default=[],
+        help="add these to the weights")
     add("--tokenizer", metavar="FILE_OR_FOLDER", help="CLIP's vocabulary, for a lone checkpoint")
     add("--prediction", choices=("eps", "v"), help="what the U-Net predicts")
     add("--ema", action=argparse.BooleanOptionalAction,
@@ -1025,10 +1135,13 @@ def run(argv: list[str]) -> None:
                          "with --force")
     check_output(out, "")
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.to == "official" and args.lora:
+        raise InputError("--lora changes what is converted to tiny_ldm; leave out --to official")
     if args.to == "official":
         to_official(args.source, out, dtype)
     else:
-        convert(args.source, out, dtype, args.tokenizer, args.prediction, args.ema)
+        convert(args.source, out, dtype, args.tokenizer, args.prediction, args.ema,
+                args.lora)
     print(out)
 
 
