@@ -1738,6 +1738,35 @@ def test_siblings_equal_the_references(name, config, prediction, siblings, tmp_p
         check_siblings(theirs, name)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd2", "xl"])
+def test_open_clip_itself_gives_the_same_vectors(name, siblings, tmp_path):
+    """The package that 2.x and XL took their text encoder from. It needs torchvision, and that a
+    build of PyTorch like its own, so nothing installs it here."""
+    model = pytest.importorskip("open_clip.model", reason="open_clip is not installed")
+    ldm = converted(siblings / f"{name}.safetensors", tmp_path / "t", siblings)
+    c, ours, prefix = ldm.config.text, ldm.text_encoder, f"{weights_convert.OPEN_TEXT}."
+    if name == "xl":
+        c, ours, prefix = ldm.config.text_2, ldm.text_encoder_2, f"{weights_convert.XL_TEXT_2}."
+    tower = model._build_text_tower(c.width, model.CLIPTextCfg(
+        context_length=77, vocab_size=c.vocab_size, width=c.width, heads=c.num_heads,
+        layers=c.num_layers)).double()
+    tensors = load_file(siblings / f"{name}.safetensors")
+    own = {key: tensors.get(prefix + key, t) for key, t in tower.state_dict().items()}
+    tower.load_state_dict(own)
+    ids = ldm.tokenizer(["a red ring", "two blue stars"])
+    x = tower.token_embedding(ids) + tower.positional_embedding
+    for block in tower.transformer.resblocks[:-1]:
+        x = block(x, attn_mask=tower.attn_mask)
+    last = tower.transformer.resblocks[-1](x, attn_mask=tower.attn_mask)
+    context, our_last = ours.context_and_last(ids)
+    assert relative_error(context, tower.ln_final(x) if name == "sd2" else x) <= 1e-12
+    if name == "xl":
+        eos = (ids == ldm.tokenizer.eos).int().argmax(dim=1)
+        pooled = tower.ln_final(last)[torch.arange(2), eos] @ tower.text_projection
+        assert relative_error(ours.pooled(our_last, ids, ldm.tokenizer.eos), pooled) <= 1e-12
+
+
 @pytest.mark.parametrize("name", ["sd2", "xl"])
 def test_siblings_come_back_bit_for_bit(name, siblings, tmp_path):
     source = load_file(siblings / f"{name}.safetensors")

@@ -2,16 +2,17 @@
 
     python .ci/bench.py unet      a guided step of Stable Diffusion 1.x, next to diffusers, OpenVINO
     python .ci/bench.py vae       the decoding of a 512 x 512 picture, next to the same
+    python .ci/bench.py picture   from the command to the picture: 25 guided steps, LCM, Turbo
     python .ci/bench.py memory    of a 512 x 512 picture, and of loading
     python .ci/bench.py steps     the error against the network calls, next to diffusers' schedulers
     python .ci/bench.py shapes    the built-in model: pictures per second, cold start
     python .ci/bench.py train     pictures per second in training, with one process and two
     python .ci/bench.py train --against FOLDER     next to another commit, checked out in FOLDER
 
-`--device cuda` runs all but memory and steps on a GPU, `--rounds N` says how often each is
+`--device cuda` runs all but picture, memory and steps on a GPU, `--rounds N` says how often each is
 measured, and `--dtypes float32` limits the precisions. What is not installed (diffusers,
 transformers, openvino) is left out. Weights are synthetic, so nothing is downloaded. 8 GB of disk
-are used on the way. `--narrow` takes a very small model instead, which shows that the tables work
+are used on the way, 25 GB by `picture`. `--narrow` takes a very small model instead, which shows that the tables work
 but not what is fast.
 
 Every engine is a process of its own that has loaded its model and waits. The two that are compared
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / ".ci")]
 GFLOP = {"unet": 1606.5, "vae": 2514.5}      # of one call; a multiplication and an addition count 2
 # What tiny_ldm asks of glibc from inside, asked from outside
 SAME_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -216,21 +217,27 @@ def work(engine, part, dtype, device, folder):
 # --------------------------------------------------------------------------------------------------
 # The tables
 
-def make_models(folder, narrow):
+def make_models(folder, narrow, version="SD1"):
     """A diffusers folder with random weights of full size (or narrow), and what weights_convert.py
     makes of it."""
     import torch
+    import reference
     import test_tiny_ldm as tests
     import tiny_ldm
     import weights_convert
-    config = tiny_ldm.SD1
+    config = getattr(tiny_ldm, version)
     if narrow:
-        config = replace(config, text=replace(config.text, width=64, num_heads=1, num_layers=1),
+        config = replace(config, text=replace(config.text, width=64, num_heads=1, num_layers=3),
                          vae=replace(config.vae, channels=32),
-                         unet=replace(config.unet, channels=32))
+                         unet=replace(config.unet, channels=config.unet.head_dim or 32))
     with torch.no_grad():
-        models = tests.reference_models(config, tests.official_tensors(config))
-        for model, name in zip(models, ("text_encoder", "unet", "vae")):
+        tensors = reference.official_tensors(config)
+        if version == "SD1":
+            parts = ("text_encoder", "unet", "vae")
+            models = dict(zip(parts, reference.reference_models(config, tensors)))
+        else:
+            models = reference.reference_siblings(config, tensors)
+        for name, model in models.items():
             model.save_pretrained(folder / name)
     (folder / "tokenizer").mkdir()
     tables = json.loads(tests.small_tokenizer(77).backend.to_str())
@@ -330,6 +337,178 @@ def say_bar(what, found, bar, at_least=False):
     print(f"\n{what}: {found:.3f} times; bar: at {'least' if at_least else 'most'} {bar}"
           f"{'' if good else '  MISSED'}", flush=True)
 
+
+# --------------------------------------------------------------------------------------------------
+# From the command to the picture: a process for each
+
+class Way(NamedTuple):
+    """Of making a picture: what to call it, and its settings."""
+    name: str
+    version: str                 # whose size the weights have
+    sampler: str
+    steps: int
+    guidance_scale: float
+
+
+WAYS = [Way("Stable Diffusion 1.x, 25 guided steps", "SD1", "euler_a", 25, 7.5),
+        Way("LCM (1.x), 4 steps", "SD1", "lcm", 4, 1.0),
+        Way("SD-Turbo (2.1), 1 step", "SD2", "euler_a_trailing", 1, 1.0)]
+PICTURE_ENGINES = ["tiny_ldm", "diffusers, our allocator settings", "OpenVINO"]
+PICTURE_BAR = 1.03           # times diffusers, the whole process
+STAGES = ["import, load", "text", "steps", "decode, save"]
+
+
+def picture_of_tiny_ldm(folder, way, dtype, clock):
+    import tiny_ldm
+    ldm = tiny_ldm.LatentDiffusion.load(folder / "t.safetensors", "cpu", dtype)
+    picture_by_the_lesson(ldm, folder, way, clock)
+
+
+def picture_by_the_lesson(ldm, folder, way, clock):
+    """With the networks that are in ldm."""
+    import tiny_ldm
+    clock("import, load")
+    context = ldm.encode_text("a red circle")
+    without = ldm.encode_text("") if way.guidance_scale != 1 else None
+    clock("text")
+    for step in ldm.denoise(context, without, steps=way.steps, sampler=way.sampler,
+                            guidance_scale=way.guidance_scale, width=512, height=512):
+        pass
+    clock("steps")
+    tiny_ldm.to_pil(ldm.decode_latents(step.x))[0].save(folder / "picture.png")
+    clock("decode, save")
+
+
+def picture_of_diffusers(folder, way, dtype, clock):
+    import diffusers
+    import torch
+    import transformers
+    name, settings = {"euler_a": ("EulerAncestralDiscrete", {}), "lcm": ("LCM", {}),
+                      "euler_a_trailing": ("EulerAncestralDiscrete",
+                                           dict(timestep_spacing="trailing"))}[way.sampler]
+    scheduler = getattr(diffusers, f"{name}Scheduler")(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
+    text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
+        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
+        text_encoder=text, tokenizer=None, safety_checker=None, feature_extractor=None,
+        scheduler=scheduler, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    if dtype != torch.float32:                # in either precision what is faster, as in tiny_ldm
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    clock("import, load")
+    context = text(torch.ones(1, 77, dtype=torch.long)).last_hidden_state
+    without = text(torch.ones(1, 77, dtype=torch.long)).last_hidden_state
+    clock("text")
+    latents = pipe(prompt_embeds=context, negative_prompt_embeds=without, output_type="latent",
+                   guidance_scale=way.guidance_scale, num_inference_steps=way.steps, height=512,
+                   width=512).images
+    clock("steps")
+    image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    pipe.image_processor.postprocess(image)[0].save(folder / "picture.png")
+    clock("decode, save")
+
+
+def picture_of_openvino(folder, way, dtype, clock):
+    """Its networks in tiny_ldm's loop; the text encoder is PyTorch's."""
+    import openvino
+    import tiny_ldm
+    import torch
+    ldm = tiny_ldm.LatentDiffusion.load(folder / "t.safetensors", "cpu")
+    hint = {"INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16"}
+    unet, decoder = (openvino.Core().compile_model(folder / f"{part}.xml", "CPU", hint)
+                     for part in ("unet", "vae"))
+
+    def guess(x, t, context, vector=None):
+        return torch.from_numpy(unet([x.numpy(), t.float().numpy(), context.numpy()])[0])
+
+    def decode(z):
+        return torch.from_numpy(decoder([z.numpy()])[0])
+
+    ldm.unet.forward, ldm.vae.decode = guess, decode
+    picture_by_the_lesson(ldm, folder, way, clock)
+
+
+def export_to_openvino(folder):
+    """unet.xml and vae.xml, whose inputs may have any number of rows."""
+    import openvino
+    import torch
+    for part in ("unet", "vae"):
+        network = diffusers_network(folder, part, torch.float32, "cpu")
+        arguments = list(inputs(folder, part, torch.float32, "cpu"))
+        if part == "unet":
+            arguments[1] = arguments[1].float()
+        network.forward = partial(network.forward, return_dict=False)
+        with torch.no_grad():
+            model = openvino.convert_model(network, example_input=tuple(arguments))
+        shapes = {}
+        for port, argument in zip(model.inputs, arguments):
+            shapes[port] = openvino.PartialShape([-1, *argument.shape[1:]])
+        model.reshape(shapes)
+        openvino.save_model(model, folder / f"{part}.xml", compress_to_fp16=False)
+
+
+def picture_work(engine, way, dtype, folder):
+    """A process that makes one picture, then says how long its stages took."""
+    seconds, last = {}, [float(os.environ["BEGUN"])]
+
+    def clock(stage):
+        now = time.time()
+        seconds[stage] = now - last[0]
+        last[0] = now
+
+    import torch
+    make = {"tiny_ldm": picture_of_tiny_ldm, "OpenVINO": picture_of_openvino}
+    with torch.no_grad():
+        make.get(engine, picture_of_diffusers)(Path(folder), WAYS[int(way)], getattr(torch, dtype),
+                                               clock)
+    peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
+    print(json.dumps([*seconds.values(), int(peak) * 1024 / 1e9]))
+
+
+def picture(args, folder):
+    engines = [name for name in PICTURE_ENGINES if ENGINES[name].is_there("cpu")]
+    for version in dict.fromkeys(way.version for way in WAYS):
+        (folder / version).mkdir()
+        make_models(folder / version, args.narrow, version)
+        if "OpenVINO" in engines:
+            export_to_openvino(folder / version)
+    for dtype in args.dtypes:
+        print(f"\nA picture of 512 x 512, {dtype}, the whole process: seconds, medians of "
+              f"{args.rounds}\n\n| | | whole | {' | '.join(STAGES)} | memory | tiny_ldm's time "
+              f"over this |\n|---|---|---|{'---|' * len(STAGES)}---|---|")
+        ratios = {}
+        for number, way in enumerate(WAYS):
+            found = {engine: [] for engine in engines}
+            for _ in range(args.rounds):
+                for engine in engines:
+                    env = {**os.environ, **(SAME_ALLOCATOR if "allocator" in engine else {}),
+                           "BEGUN": str(time.time())}
+                    begin = time.time()
+                    done = subprocess.run(
+                        [sys.executable, "-W", "ignore", __file__, "--picture", engine,
+                         str(number), dtype, str(folder / way.version)], env=env, text=True,
+                        capture_output=True)
+                    if done.returncode:
+                        sys.exit(done.stderr)
+                    row = json.loads(done.stdout.splitlines()[-1])
+                    found[engine].append([time.time() - begin, *row])
+            for engine, rows in found.items():
+                *seconds, memory = (statistics.median(column) for column in zip(*rows))
+                ratio = statistics.median(row[0] for row in found["tiny_ldm"]) / seconds[0]
+                ratios[way.name, engine] = ratio
+                print(f"| {way.name} | {engine} | "
+                      f"{' | '.join(f'{number:.1f}' for number in seconds)} | {memory:.1f} GB | "
+                      f"{ratio:.2f} |", flush=True)
+        for (way, engine), ratio in ratios.items():
+            if engine.startswith("diffusers"):
+                say_bar(f"{way}, tiny_ldm over {engine}", ratio, PICTURE_BAR)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory, errors, the built-in model
 
 PICTURE = {"tiny_ldm": """
 import sys, torch, tiny_ldm
@@ -578,8 +757,8 @@ def train(args, folder):
 
 
 def main():
-    tables = {"unet": compare, "vae": compare, "memory": memory, "steps": steps, "shapes": shapes,
-              "train": train}
+    tables = {"unet": compare, "vae": compare, "picture": picture, "memory": memory,
+              "steps": steps, "shapes": shapes, "train": train}
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     ap.add_argument("tables", nargs="*", help=", ".join(tables) + " (default: all)")
     ap.add_argument("--device", default="cpu")
@@ -589,9 +768,12 @@ def main():
     ap.add_argument("--against", type=Path, metavar="FOLDER")
     ap.add_argument("--train-steps", type=int, default=40, help="of each training (default: 40)")
     ap.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
+    ap.add_argument("--picture", nargs=4, help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.work:
         return work(*args.work)
+    if args.picture:
+        return picture_work(*args.picture)
     chosen = args.tables or list(tables)
     if unknown := set(chosen) - set(tables):
         ap.error(f"no table {', '.join(unknown)}; there are: {', '.join(tables)}")

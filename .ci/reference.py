@@ -146,11 +146,11 @@ def reference_models(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> tu
     return tuple(model.eval().requires_grad_(False) for model in (text, unet, vae))
 
 
-def reference_siblings(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> dict:
-    """The same for Stable Diffusion 2.x and XL: text_encoder, text_encoder_2 (XL), unet, vae."""
+def sibling_shells(c: tiny_ldm.Config) -> dict:
+    """transformers' text encoders and diffusers' U-Net for Stable Diffusion 2.x and XL, with
+    whatever numbers they begin with."""
     import diffusers
     import transformers
-    from diffusers.loaders import single_file_utils as rules
 
     def text_config(text, layers, act):
         return transformers.CLIPTextConfig(
@@ -158,41 +158,51 @@ def reference_siblings(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> 
             num_hidden_layers=layers, num_attention_heads=text.num_heads, hidden_act=act,
             projection_dim=text.width, bos_token_id=0, eos_token_id=1)
 
+    models, settings, depth = {}, {}, c.unet.transformer_depth
+    down = ["CrossAttnDownBlock2D" if blocks else "DownBlock2D" for blocks in depth]
+    heads = tuple(max(1, c.unet.channels * mult // 64) for mult in c.unet.channel_mult)
+    if c.text_2:
+        settings = dict(addition_embed_type="text_time", addition_time_embed_dim=256,
+                        projection_class_embeddings_input_dim=c.text_2.width + 6 * 256,
+                        transformer_layers_per_block=tuple(max(1, blocks) for blocks in depth))
+        models["text_encoder"] = transformers.CLIPTextModel(
+            text_config(c.text, c.text.num_layers, "quick_gelu"))
+        models["text_encoder_2"] = transformers.CLIPTextModelWithProjection(
+            text_config(c.text_2, c.text_2.num_layers, "gelu"))
+    else:
+        models["text_encoder"] = transformers.CLIPTextModel(
+            text_config(c.text, c.text.num_layers - 1, "gelu"))
+    models["unet"] = diffusers.UNet2DConditionModel(
+        cross_attention_dim=c.context_dim, attention_head_dim=heads, use_linear_projection=True,
+        down_block_types=down, up_block_types=[name.replace("Down", "Up") for name in down[::-1]],
+        block_out_channels=tuple(c.unet.channels * mult for mult in c.unet.channel_mult),
+        in_channels=c.unet.in_channels, **settings)
+    return models
+
+
+def reference_siblings(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> dict:
+    """The same for Stable Diffusion 2.x and XL: text_encoder, text_encoder_2 (XL), unet, vae."""
+    from diffusers.loaders import single_file_utils as rules
+
     def open_clip(model, prefix):
         named = rules.convert_open_clip_checkpoint(model, tensors, prefix)
         named = {name.removeprefix("text_model."): t for name, t in named.items()}
         own = {name: named[name.removeprefix("text_model.")] for name in model.state_dict()}
         model.load_state_dict(own, assign=True)
-        return model
 
-    models, depth = {}, c.unet.transformer_depth
-    down = ["CrossAttnDownBlock2D" if blocks else "DownBlock2D" for blocks in depth]
-    heads = tuple(max(1, c.unet.channels * mult // 64) for mult in c.unet.channel_mult)
-    settings = {}
+    models = sibling_shells(c)
     if c.text_2:
-        settings = dict(addition_embed_type="text_time", addition_time_embed_dim=256,
-                        projection_class_embeddings_input_dim=c.text_2.width + 6 * 256,
-                        transformer_layers_per_block=tuple(max(1, blocks) for blocks in depth))
-        text = transformers.CLIPTextModel(text_config(c.text, c.text.num_layers, "quick_gelu"))
+        text = models["text_encoder"]
         prefix = "conditioner.embedders.0.transformer.text_model."
         named = {name.removeprefix(prefix): t for name, t in tensors.items()
                  if name.startswith(prefix) and not name.endswith("position_ids")}
         getattr(text, "text_model", text).load_state_dict(named, assign=True)
-        models["text_encoder"] = text
-        text_2 = transformers.CLIPTextModelWithProjection(
-            text_config(c.text_2, c.text_2.num_layers, "gelu"))
-        models["text_encoder_2"] = open_clip(text_2, "conditioner.embedders.1.model.")
+        open_clip(models["text_encoder_2"], "conditioner.embedders.1.model.")
     else:
-        text = transformers.CLIPTextModel(text_config(c.text, c.text.num_layers - 1, "gelu"))
-        models["text_encoder"] = open_clip(text, "cond_stage_model.model.")
-    unet = diffusers.UNet2DConditionModel(
-        cross_attention_dim=c.context_dim, attention_head_dim=heads, use_linear_projection=True,
-        down_block_types=down, up_block_types=[name.replace("Down", "Up") for name in down[::-1]],
-        block_out_channels=tuple(c.unet.channels * mult for mult in c.unet.channel_mult),
-        in_channels=c.unet.in_channels, **settings)
+        open_clip(models["text_encoder"], "cond_stage_model.model.")
+    unet = models["unet"]
     unet.load_state_dict(rules.convert_ldm_unet_checkpoint(tensors, unet.config), assign=True)
-    vae = reference_vae(c, tensors)
-    models.update(unet=unet, vae=vae)
+    models["vae"] = reference_vae(c, tensors)
     return {name: model.eval().requires_grad_(False) for name, model in models.items()}
 
 
@@ -363,6 +373,64 @@ def comparison(d: Path, config, vocabulary: Path, steps: int, factor: float = 1.
     return found
 
 
+def quick_synthetic(shape: tuple[int, ...], name: str, generator: torch.Generator) -> torch.Tensor:
+    """Like `synthetic`, but drawn by PyTorch, since XL has 3,500 million numbers."""
+    n = torch.randn(shape, generator=generator)
+    if name.endswith("bias"):
+        return n.mul_(0.05)
+    if len(shape) == 1:
+        return n.mul_(0.1).add_(1)
+    return n.mul_(0.5 if "embedding.weight" in name else math.prod(shape[1:]) ** -0.5)
+
+
+@torch.no_grad()
+def xl_at_full_size() -> dict[str, float]:
+    """Text encoders and U-Net of XL, in float32, one after the other, since the U-Net alone has 10
+    GB. There is no file: both models hold the same tensors, by the converter's names."""
+    c, generator, found = tiny_ldm.SDXL, torch.Generator().manual_seed(0), {}
+    with torch.device("meta"):
+        shells, ldm = sibling_shells(c), LatentDiffusion(c, None)
+    vectors, text = [], inputs(torch.float32)["ids"]
+    for part, theirs in shells.items():
+        ours, tensors, named = getattr(ldm, part), {}, {}
+        for name, entry in weights_convert.name_map(c).items():
+            if name.startswith(f"{part}."):
+                t = quick_synthetic(entry.shape, name, generator)
+                tensors[name.removeprefix(f"{part}.")] = t
+                named[entry.diffusers.removeprefix(f"{part}.")] = t
+        ours.load_state_dict(tensors, assign=True)
+        for name in theirs.state_dict():      # transformers puts text_model. before some of them
+            named[name] = named.pop(name.removeprefix("text_model."))
+        theirs.load_state_dict(named, assign=True)
+        for module in theirs.modules():       # what no file holds
+            if hasattr(module, "position_ids"):
+                module.position_ids = torch.arange(c.text.max_length)[None]
+        theirs.eval()
+        del tensors, named
+        if part == "unet":
+            x = torch.randn(2, 4, 32, 32, generator=generator)
+            context = torch.cat([vector[0] for vector in vectors], dim=-1)
+            pooled = vectors[1][1]
+            for t in (1, 981):
+                wanted = theirs(x, t, context, added_cond_kwargs=dict(
+                    text_embeds=pooled, time_ids=SIZES.float())).sample
+                given = ours(x, torch.tensor([t, t]), context, ldm.added_vector(pooled, SIZES))
+                found[f"U-Net, t = {t}"] = relative_error(given, wanted)
+        else:
+            ids = padded(text, 0 if part == "text_encoder_2" else 1)
+            wanted = theirs(ids, output_hidden_states=True)
+            context, last = ours.context_and_last(ids)
+            found[part] = relative_error(context, wanted.hidden_states[-2])
+            vectors.append([context])
+            if part == "text_encoder_2":
+                pooled = ours.pooled(last, ids, eos=1)
+                found["pooled"] = relative_error(pooled, wanted.text_embeds)
+                vectors[-1].append(pooled)
+        theirs.to("meta")
+        ours.to("meta")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compares Stable Diffusion at full size.")
     parser.add_argument("vocabulary", type=Path)
@@ -378,6 +446,10 @@ def main(argv: list[str] | None = None) -> int:
         print(config.name)
         for name, value in found.items():
             print(f"    {name}: {value:.3g}")
+    print(tiny_ldm.SDXL.name)
+    for name, value in xl_at_full_size().items():
+        print(f"    {name}: {value:.3g}")
+        assert value <= LIMITS["U-Net" if name.startswith("U-Net") else "text encoder"], name
     return 0
 
 
