@@ -3,17 +3,18 @@
     python .ci/bench.py unet      a guided step of Stable Diffusion 1.x, next to diffusers, OpenVINO
     python .ci/bench.py vae       the decoding of a 512 x 512 picture, next to the same
     python .ci/bench.py picture   from the command to the picture: 25 guided steps, LCM, Turbo
+    python .ci/bench.py models    what a picture costs with each model, at its own size
     python .ci/bench.py memory    of a 512 x 512 picture, and of loading
     python .ci/bench.py steps     the error against the network calls, next to diffusers' schedulers
     python .ci/bench.py shapes    the built-in model: pictures per second, cold start
     python .ci/bench.py train     pictures per second in training, with one process and two
     python .ci/bench.py train --against FOLDER     next to another commit, checked out in FOLDER
 
-`--device cuda` runs all but picture, memory and steps on a GPU, `--rounds N` says how often each is
-measured, and `--dtypes float32` limits the precisions. What is not installed (diffusers,
+`--device cuda` runs all but picture, models, memory and steps on a GPU, `--rounds N` says how often
+each is measured, and `--dtypes float32` limits the precisions. What is not installed (diffusers,
 transformers, openvino) is left out. Weights are synthetic, so nothing is downloaded. 8 GB of disk
-are used on the way, 25 GB by `picture`. `--narrow` takes a very small model instead, which shows that the tables work
-but not what is fast.
+are used on the way, 25 GB by `picture`. `--narrow` takes a very small model instead, which shows
+that the tables work but not what is fast.
 
 Every engine is a process of its own that has loaded its model and waits. The two that are compared
 take turns, so that a slow minute of the machine hits both. Figures are medians. A bar is a promise:
@@ -226,10 +227,7 @@ def make_models(folder, narrow, version="SD1"):
     import tiny_ldm
     import weights_convert
     config = getattr(tiny_ldm, version)
-    if narrow:
-        config = replace(config, text=replace(config.text, width=64, num_heads=1, num_layers=3),
-                         vae=replace(config.vae, channels=32),
-                         unet=replace(config.unet, channels=config.unet.head_dim or 32))
+    config = narrowed(config) if narrow else config
     with torch.no_grad():
         tensors = reference.official_tensors(config)
         if version == "SD1":
@@ -348,11 +346,19 @@ class Way(NamedTuple):
     sampler: str
     steps: int
     guidance_scale: float
+    side: int = 512
 
 
 WAYS = [Way("Stable Diffusion 1.x, 25 guided steps", "SD1", "euler_a", 25, 7.5),
         Way("LCM (1.x), 4 steps", "SD1", "lcm", 4, 1.0),
         Way("SD-Turbo (2.1), 1 step", "SD2", "euler_a_trailing", 1, 1.0)]
+# Two steps tell what fifty cost. The last number is that of the model's own steps
+MODELS = [(Way("1.x", "SD1", "euler_a", 2, 7.5), "float32", 25),
+          (Way("2.x, 512", "SD2", "ddim", 2, 9.0), "float32", 50),
+          (Way("2.x, 768, v", "SD2_V", "ddim", 2, 9.0, 768), "float32", 50),
+          (Way("SD-Turbo", "SD2", "euler_a_trailing", 1, 1.0), "float32", 1),
+          (Way("XL", "SDXL", "euler_leading", 2, 5.0, 1024), "bfloat16", 50),
+          (Way("XL-Turbo", "SDXL", "euler_a_trailing", 1, 1.0), "bfloat16", 1)]
 PICTURE_ENGINES = ["tiny_ldm", "diffusers, our allocator settings", "OpenVINO"]
 PICTURE_BAR = 1.03           # times diffusers, the whole process
 STAGES = ["import, load", "text", "steps", "decode, save"]
@@ -372,7 +378,7 @@ def picture_by_the_lesson(ldm, folder, way, clock):
     without = ldm.encode_text("") if way.guidance_scale != 1 else None
     clock("text")
     for step in ldm.denoise(context, without, steps=way.steps, sampler=way.sampler,
-                            guidance_scale=way.guidance_scale, width=512, height=512):
+                            guidance_scale=way.guidance_scale, width=way.side, height=way.side):
         pass
     clock("steps")
     tiny_ldm.to_pil(ldm.decode_latents(step.x))[0].save(folder / "picture.png")
@@ -403,8 +409,8 @@ def picture_of_diffusers(folder, way, dtype, clock):
     without = text(torch.ones(1, 77, dtype=torch.long)).last_hidden_state
     clock("text")
     latents = pipe(prompt_embeds=context, negative_prompt_embeds=without, output_type="latent",
-                   guidance_scale=way.guidance_scale, num_inference_steps=way.steps, height=512,
-                   width=512).images
+                   guidance_scale=way.guidance_scale, num_inference_steps=way.steps,
+                   height=way.side, width=way.side).images
     clock("steps")
     image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
     pipe.image_processor.postprocess(image)[0].save(folder / "picture.png")
@@ -462,10 +468,63 @@ def picture_work(engine, way, dtype, folder):
     import torch
     make = {"tiny_ldm": picture_of_tiny_ldm, "OpenVINO": picture_of_openvino}
     with torch.no_grad():
-        make.get(engine, picture_of_diffusers)(Path(folder), WAYS[int(way)], getattr(torch, dtype),
-                                               clock)
+        make.get(engine, picture_of_diffusers)(Path(folder), Way(*json.loads(way)),
+                                               getattr(torch, dtype), clock)
     peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
     print(json.dumps([*seconds.values(), int(peak) * 1024 / 1e9]))
+
+
+def picture_seconds(engine, way, dtype, folder):
+    """[the whole process, each stage, memory in GB] of a picture."""
+    begin = time.time()
+    env = {**os.environ, **(SAME_ALLOCATOR if "allocator" in engine else {}), "BEGUN": str(begin)}
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--picture", engine,
+                           json.dumps(way), dtype, str(folder)], env=env, text=True,
+                          capture_output=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return [time.time() - begin, *json.loads(done.stdout.splitlines()[-1])]
+
+
+def models(args, folder):
+    print("\nA picture with each model: seconds, with random weights\n\n| | side | precision | "
+          "load, text, decode | a step | steps | whole, reckoned from these | memory |\n"
+          "|---|---|---|---|---|---|---|---|")
+    written = None
+    for way, dtype, count in MODELS:
+        if way.version != written:
+            random_model(folder / "t.safetensors", way.version, dtype, args.narrow)
+            written = way.version
+        whole, load, text, steps, decode, memory = picture_seconds("tiny_ldm", way, dtype, folder)
+        step, rest = steps / way.steps, whole - steps
+        print(f"| {way.name} | {way.side} | {dtype} | {rest:.0f} | {step:.1f} | {count} | "
+              f"{rest + count * step:.0f} | {memory:.1f} GB |", flush=True)
+
+
+def narrowed(config):
+    """A very small model of the same kind."""
+    text = replace(config.text, width=64, num_heads=1, num_layers=3)
+    unet = replace(config.unet, channels=config.unet.head_dim or 32)
+    if config.text_2:
+        config = replace(config, text_2=replace(config.text_2, width=64, num_heads=1, num_layers=3,
+                                                pooled_dim=64))
+        unet = replace(unet, vector_dim=64 + 6 * 256)
+    return replace(config, text=text, unet=unet, vae=replace(config.vae, channels=32))
+
+
+def random_model(path, version, dtype, narrow):
+    """A weights file of a model's size, in a precision."""
+    import torch
+    import test_tiny_ldm as tests
+    import tiny_ldm
+    config = getattr(tiny_ldm, version)
+    config = narrowed(config) if narrow else config
+    with torch.device("meta"):
+        ldm = tiny_ldm.LatentDiffusion(config, tests.small_tokenizer(77))
+    ldm.to(getattr(torch, dtype)).to_empty(device="cpu").requires_grad_(False)
+    for p in ldm.parameters():
+        p.normal_(std=p[0].numel() ** -0.5)
+    ldm.save(path)
 
 
 def picture(args, folder):
@@ -480,21 +539,12 @@ def picture(args, folder):
               f"{args.rounds}\n\n| | | whole | {' | '.join(STAGES)} | memory | tiny_ldm's time "
               f"over this |\n|---|---|---|{'---|' * len(STAGES)}---|---|")
         ratios = {}
-        for number, way in enumerate(WAYS):
+        for way in WAYS:
             found = {engine: [] for engine in engines}
             for _ in range(args.rounds):
                 for engine in engines:
-                    env = {**os.environ, **(SAME_ALLOCATOR if "allocator" in engine else {}),
-                           "BEGUN": str(time.time())}
-                    begin = time.time()
-                    done = subprocess.run(
-                        [sys.executable, "-W", "ignore", __file__, "--picture", engine,
-                         str(number), dtype, str(folder / way.version)], env=env, text=True,
-                        capture_output=True)
-                    if done.returncode:
-                        sys.exit(done.stderr)
-                    row = json.loads(done.stdout.splitlines()[-1])
-                    found[engine].append([time.time() - begin, *row])
+                    row = picture_seconds(engine, way, dtype, folder / way.version)
+                    found[engine].append(row)
             for engine, rows in found.items():
                 *seconds, memory = (statistics.median(column) for column in zip(*rows))
                 ratio = statistics.median(row[0] for row in found["tiny_ldm"]) / seconds[0]
@@ -757,8 +807,8 @@ def train(args, folder):
 
 
 def main():
-    tables = {"unet": compare, "vae": compare, "picture": picture, "memory": memory,
-              "steps": steps, "shapes": shapes, "train": train}
+    tables = {"unet": compare, "vae": compare, "picture": picture, "models": models,
+              "memory": memory, "steps": steps, "shapes": shapes, "train": train}
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     ap.add_argument("tables", nargs="*", help=", ".join(tables) + " (default: all)")
     ap.add_argument("--device", default="cpu")
