@@ -1728,10 +1728,9 @@ def text_to_image_loss(ldm: LatentDiffusion, x0: Tensor, ids: Tensor, *,
     """Stage 2: the loss of section 2, with captions: a scalar.
 
     x0 [B, 4, h, w]: scaled latents of the pictures. ids [B, L]: their captions. dropped [B], bool:
-    which captions are replaced by the empty one; each with probability 0.1 if None. (Both on the
-    CPU, where the tokenizer made them and chance is drawn.) So one network
-    learns to guess both with the prompt and without, which guidance needs. t, eps, generator: see
-    `diffusion_loss`.
+    which captions are replaced by the empty one; each with probability 0.1 if None. So one network
+    learns to guess both with the prompt and without, which guidance needs. (Both on the CPU, where
+    the tokenizer works and chance is drawn.) t, eps, generator: see `diffusion_loss`.
     """
     if dropped is None:
         dropped = torch.rand(len(ids), generator=generator) < 0.1
@@ -2385,9 +2384,10 @@ def behind_the_door(lesson_method: Callable) -> Callable:
         if not shape[0] or negative_shape[0] not in (1, shape[0]):
             raise InputError(f"{shape[0]} prompts and {negative_shape[0]} negative prompts: give "
                              "at least one prompt, and one negative prompt for all or one for each")
-        if shape[1:] != negative_shape[1:]:
+        if shape[1:] != negative_shape[1:] or shape[2:] != [self.config.context_dim]:
             raise InputError(f"the context of the prompt is {shape} and that of the negative "
-                             f"prompt {negative_shape}: all but the first number must be equal")
+                             f"prompt {negative_shape}; wanted: [prompts, words, "
+                             f"{self.config.context_dim}], and as many words in both")
         if settings.get("latents") is not None:
             sides = [side * self.config.vae_stride for side in settings["latents"].shape[2:]]
             settings.update(height=sides[0], width=sides[1])
