@@ -2677,7 +2677,8 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     if vae_batch % WORLD or unet_batch % WORLD:
         raise InputError(f"choose batches that {WORLD} processes can share evenly")
     folder = None if source == "shapes" else source
-    run = [str(path and os.path.realpath(path)) for path in (folder, weights)]
+    begin = os.path.realpath(weights) if weights else "nothing"
+    run = [os.path.realpath(folder) if folder else source, begin]
     checkpoint = read_checkpoint(out, [*run, str(seed)], force)
     remove_leftovers(out)
     join_processes()
