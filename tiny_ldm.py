@@ -416,10 +416,9 @@ def guide(eps_without: Tensor, eps_with: Tensor, scale: float) -> Tensor:
 
     Both guesses come from one network, which in training was now and then given an empty prompt
     (section 9). scale 1 is the network's own guess; more follows the prompt more closely, at the
-    price of variety and, in the end, of natural colours. v may be given in place of ε (for
-    the same xₜ it is ε times a constant, plus a constant). If what
-    stands in for "without" is another prompt, a negative prompt, the picture is pushed away from
-    it.
+    price of variety and, in the end, of natural colours. v may be given in place of ε (for the same
+    xₜ it is ε times a constant, plus a constant). If what stands in for "without" is another
+    prompt, a negative prompt, the picture is pushed away from it.
     """
     return eps_without + scale * (eps_with - eps_without)
 
@@ -1154,7 +1153,8 @@ def leading(steps: int, sigmas: np.ndarray) -> Levels:
 
     Careful, the last step goes to ᾱ₀ = 0.99915, not to 1 (CompVis util.py:66). With S = 1000 the
     first one would begin at t = 1000, which does not exist: it goes from 999 to 999, and changes
-    nothing.
+    nothing. And with S = 1 the only one begins at t = 1, where the network expects hardly any
+    noise: take `trailing` for so few.
     """
     stride = len(sigmas) // steps
     timesteps = np.arange(steps)[::-1] * stride + 1
@@ -2676,10 +2676,9 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     check_output(out, ".safetensors")
     if vae_batch % WORLD or unet_batch % WORLD:
         raise InputError(f"choose batches that {WORLD} processes can share evenly")
-    folder = None if source == "shapes" else source
-    begin = os.path.realpath(weights) if weights else "nothing"
-    run = [os.path.realpath(folder) if folder else source, begin]
-    checkpoint = read_checkpoint(out, [*run, str(seed)], force)
+    start = os.path.realpath(weights) if weights else "nothing"
+    run = [source if source == "shapes" else os.path.realpath(source), start, str(seed)]
+    checkpoint = read_checkpoint(out, run, force)
     remove_leftovers(out)
     join_processes()
     device = pick_device(device)
@@ -2693,8 +2692,8 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     if config.unet.in_channels != config.vae.latent_channels or config.text_2:
         raise InputError(f"{weights} is {config.name}, which can't be trained here")
     data = ShapesData(config.image_size, seed)
-    if folder:
-        data = FolderData(Path(folder), config.image_size, seed)
+    if source != "shapes":
+        data = FolderData(Path(source), config.image_size, seed)
     ldm = ldm or new_model(config, data.captions())
     name = os.path.basename(os.path.abspath(source)).encode(errors="replace").decode()
     ldm.config = replace(ldm.config, name=name)

@@ -5,6 +5,7 @@ nothing else. The command measures the built-in model with it:
                                                              table and its pictures
     python .ci/judge.py 25 --samplers weights/samplers.png   the samplers, by network calls
     python .ci/judge.py 1 --ways weights/ways.png            a picture for each way to walk
+    python .ci/judge.py 50 --guidance-experiment             three ways to guide, by their scale
     python .ci/judge.py 75 --attention --check --sampler ddim --steps 20 --seed 3
                                                              does attention fall on what words name?
 
@@ -405,7 +406,7 @@ def table(ldm: LatentDiffusion, args: argparse.Namespace, settings: dict) -> Non
 
 CALLS = (5, 10, 20, 50)
 # The others are Stable Diffusion XL's and Turbo's choices of timesteps
-WALKS = [name for name in tiny_ldm.SAMPLERS if not name.endswith(("leading", "trailing"))]
+WALKS = [name for name in tiny_ldm.SAMPLERS if not name.endswith(("leading", "trailing", "lcm"))]
 
 
 def compare_samplers(ldm: LatentDiffusion, count: int, file: str) -> None:
@@ -445,6 +446,43 @@ def plot(lines: dict[str, list[float]]) -> Image.Image:
         pen.rectangle((480, top, 494, top + 6), colours[n])
         pen.text((502, top - 5), sampler, "black", font)
     return picture
+
+
+GUIDANCE_SCALES = (2, 3, 5, 7.5, 10)
+WAYS_TO_GUIDE = {"plain": {}, "at σ from 1 to 5": dict(low=1, high=5), "rescaled": dict(phi=0.7)}
+
+
+def guided(predict_eps, x: torch.Tensor, t: float, alpha_bar: float, *, texts: list,
+           guidance_scale: float, low: float = 0, high: float = math.inf, phi: float = 0, **_):
+    """In place of a model's predict_eps: guidance only at σ from low to high (Kynkäänniemi et al.
+    2024, arXiv:2404.07724), or with the guided v brought back, by the share phi, to the spread of
+    the unguided one (Lin et al. 2023, arXiv:2305.08891, section 3.4)."""
+    ask = functools.partial(predict_eps, x, t, alpha_bar, guidance_scale=1.0)
+    own = ask(texts=texts[1:])
+    if not low <= tiny_ldm.sigma_of(alpha_bar) <= high:
+        return own
+    eps = tiny_ldm.guide(ask(texts=texts[:1]), own, guidance_scale)
+    own_v = tiny_ldm.v_target(tiny_ldm.x0_from_eps(x, own, alpha_bar), own, alpha_bar)
+    v = tiny_ldm.v_target(tiny_ldm.x0_from_eps(x, eps, alpha_bar), eps, alpha_bar)
+    ratio = own_v.std(dim=(1, 2, 3), keepdim=True) / v.std(dim=(1, 2, 3), keepdim=True)
+    return tiny_ldm.eps_from_v(x, (phi * ratio + 1 - phi) * v, alpha_bar)
+
+
+def compare_guidance(ldm: LatentDiffusion, count: int, settings: dict) -> None:
+    """Prompt-following by the guidance scale, a row per way to guide."""
+    print("| guidance | " + " | ".join(f"{scale:g}" for scale in GUIDANCE_SCALES) + " |")
+    print("|---" * (1 + len(GUIDANCE_SCALES)) + "|")
+    predict_eps = ldm.predict_eps
+    for name, way in WAYS_TO_GUIDE.items():
+        ldm.predict_eps = functools.partial(guided, predict_eps, **way)
+        row = [name]
+        for scale in GUIDANCE_SCALES:
+            settings["guidance_scale"] = scale
+            judged = []
+            for kind in KINDS:
+                judged += prompt_following(ldm, kind, count, **settings)
+            row.append(f"{100 * right(judged):.1f} %")
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def draw_ways(ldm: LatentDiffusion, file: str) -> None:
@@ -487,6 +525,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--grid", metavar="FILE", help="also draw the first pictures of each kind")
     add("--samplers", metavar="FILE", help="instead compare the samplers, as a plot")
     add("--ways", metavar="FILE", help="instead draw one picture for each way to walk")
+    add("--guidance-experiment", action="store_true", help="instead compare ways to guide")
     add("--attention", action="store_true", help="instead see if attention follows the words")
     add("--check", action="store_true", help="with --attention: exit with 1 below 3")
     args = parser.parse_args(argv)
@@ -496,6 +535,8 @@ def main(argv: list[str] | None = None) -> int:
         compare_samplers(ldm, args.count, args.samplers)
     elif args.ways:
         draw_ways(ldm, args.ways)
+    elif args.guidance_experiment:
+        compare_guidance(ldm, args.count, settings)
     elif args.attention:
         ratios = attention_on_things(ldm, args.count, args.seed, **settings)
         print(f"Of the attention to a thing's words {np.mean(ratios):.2f} times as much falls on "
