@@ -41,7 +41,8 @@ import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, SDXL, SDXL_INPAINT,
                       ArgumentParser, Config, InputError, LatentDiffusion, ScheduleConfig,
                       TextConfig, add_words, check_file, check_header, check_output,
-                      clip_backend, input_errors, make_alphas_cumprod, read_header, say, write_whole)
+                      clip_backend, input_errors, make_alphas_cumprod, read_header, say,
+                      write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -259,7 +260,8 @@ UNUSED = re.compile(r".*\.(position_ids|logit_scale|attn_mask|text_projection(\.
 TABLES = re.compile(r"betas|\w*alphas_cumprod\w*|posterior_\w+|model_ema\..*|denoiser\.sigmas"
                     r"|scale_factor|v_pred|ztsnr")
 # An address or the name of a hub repository, and perhaps of a file in it
-HUB_ID = re.compile(r"((https?://)?(www\.)?(huggingface\.co|hf\.co)/)?(?P<repository>[\w.-]+/[\w.-]+)"
+HUB_ID = re.compile(r"((https?://)?(www\.)?(huggingface\.co|hf\.co)/)?"
+                    r"(?P<repository>[\w.-]+/[\w.-]+)"
                     r"(/(tree|blob|resolve)/(?P<revision>[^/?]+)/?(?P<file>[^?]*))?/?([?#].*)?")
 
 
@@ -964,7 +966,8 @@ def forget(t: Tensor) -> None:
 
 
 def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | None,
-                      metadata: dict[str, str], changes: tuple[dict[str, Change], ...] = ()) -> None:
+                      metadata: dict[str, str], changes: tuple[dict[str, Change], ...] = ()
+                      ) -> None:
     """A .safetensors, tensor by tensor: the header's length, the header as JSON, the bytes. dtype:
     None keeps each tensor's. changes: those of LoRAs. Raises InputError for values that are not
     finite, and for a disk that is full."""

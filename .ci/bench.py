@@ -222,8 +222,8 @@ def make_models(folder, narrow, version="SD1"):
     """A diffusers folder with random weights of full size (or narrow), and what weights_convert.py
     makes of it."""
     import torch
+    import checkpoints
     import reference
-    import test_tiny_ldm as tests
     import tiny_ldm
     import weights_convert
     config = getattr(tiny_ldm, version)
@@ -238,7 +238,7 @@ def make_models(folder, narrow, version="SD1"):
         for name, model in models.items():
             model.save_pretrained(folder / name)
     (folder / "tokenizer").mkdir()
-    tables = json.loads(tests.small_tokenizer(77).backend.to_str())
+    tables = json.loads(checkpoints.VOCABULARY.to_str())
     vocab = tables["model"]["vocab"]         # filled up to CLIP's size
     vocab.update({f"no word {i}": i for i in range(len(vocab), config.text.vocab_size)})
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(tables))
@@ -515,12 +515,12 @@ def narrowed(config):
 def random_model(path, version, dtype, narrow):
     """A weights file of a model's size, in a precision."""
     import torch
-    import test_tiny_ldm as tests
+    import checkpoints
     import tiny_ldm
     config = getattr(tiny_ldm, version)
     config = narrowed(config) if narrow else config
     with torch.device("meta"):
-        ldm = tiny_ldm.LatentDiffusion(config, tests.small_tokenizer(77))
+        ldm = tiny_ldm.LatentDiffusion(config, checkpoints.small_tokenizer(77))
     ldm.to(getattr(torch, dtype)).to_empty(device="cpu").requires_grad_(False)
     for p in ldm.parameters():
         p.normal_(std=p[0].numel() ** -0.5)
@@ -633,7 +633,7 @@ def steps(args, folder):
     """The distance (root mean square) of a walk's end from that of 1000 steps of DDIM, for eight
     prompts, on the built-in model."""
     import torch
-    import test_tiny_ldm as tests
+    import reference
     import tiny_ldm
     ldm = tiny_ldm.LatentDiffusion.load(device="cpu")
     prompts = [tiny_ldm.ShapesData(64, 10**6).item(i)[1] for i in range(8)]
@@ -669,7 +669,7 @@ def steps(args, folder):
     print("\nDistance from the end of 1000 steps of DDIM: tiny_ldm / diffusers\n")
     print("| sampler | " + " | ".join(f"{n} calls" for n in counts) + " |\n|---" + "|---" * 4 + "|")
     for name in ("ddim", "plms", "euler", "dpmpp_2m", "dpmpp_2m_karras"):
-        scheduler = tests.reference_scheduler(name)
+        scheduler = reference.reference_scheduler(name)
         row = []
         for calls in counts:
             n = calls - 1 if name == "plms" else calls      # its first step calls twice

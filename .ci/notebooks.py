@@ -82,7 +82,7 @@ def exercises(cells: list[nbformat.NotebookNode]) -> list[str]:
             name = cells[i - 1].source.splitlines()[0]
             if "not filled in" not in text_of(cells[i + 1]):
                 wrong.append(f"{name}: unfilled, the check says {text_of(cells[i + 1])!r}")
-            if text_of(cells[i + 3]).strip() != "right":
+            if text_of(cells[i + 3]).split("\n")[-2:] != ["right", ""]:
                 wrong.append(f"{name}: of the answer the check says {text_of(cells[i + 3])!r}")
     cells[:] = [cell for cell in cells if "run" not in cell.metadata]
     codes = (cell for cell in cells if cell.cell_type == "code")
@@ -95,7 +95,7 @@ def exercises(cells: list[nbformat.NotebookNode]) -> list[str]:
 
 
 def shrink(cell: nbformat.NotebookNode) -> None:
-    """Stores pictures with a palette of 256 colours: a fraction of the bytes, and looks the same."""
+    """Stores pictures with a palette of 256 colours: half of the bytes, and they look the same."""
     for output in cell.get("outputs", ()):
         if "image/png" in output.get("data", {}):
             picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x, 2.x and XL next to the reference implementations: the same synthetic
 checkpoint, inputs and noise go through our networks and samplers, and those of transformers and
-diffusers. The tests compare narrow networks so. The command compares those of 1.x and 2.x at full size, and prints how
-far apart they are, and what converting and one step cost:
+diffusers. The tests compare narrow networks so. The command compares those of 1.x, 2.x and XL at
+full size, and prints how far apart they are, and what converting and one step cost:
 
     python .ci/reference.py bpe_simple_vocab_16e6.txt.gz      (CLIP's vocabulary)
 
@@ -81,7 +81,7 @@ def inputs(dtype) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def our_outputs(ldm: LatentDiffusion, dtype=torch.float64, steps: int = 10) -> dict:
+def our_sd1_outputs(ldm: LatentDiffusion, dtype=torch.float64, steps: int = 10) -> dict:
     i = inputs(dtype)
     context = ldm.text_encoder(i["ids"])
     *_, last = ldm.denoise(context[1:], context[:1], sampler="ddim", steps=steps,
@@ -94,9 +94,9 @@ def our_outputs(ldm: LatentDiffusion, dtype=torch.float64, steps: int = 10) -> d
 
 
 @torch.no_grad()
-def their_outputs(models: tuple, dtype=torch.float64, steps: int = 10) -> dict:
+def their_sd1_outputs(models: dict, dtype=torch.float64, steps: int = 10) -> dict:
     import diffusers
-    (text, unet, vae), i = models, inputs(dtype)
+    (text, unet, vae), i = models.values(), inputs(dtype)
     context = text(i["ids"]).last_hidden_state
     posterior = vae.encode(i["image"]).latent_dist
     scheduler = diffusers.DDIMScheduler(**SD1_SCHEDULE, steps_offset=1, clip_sample=False,
@@ -280,6 +280,46 @@ def their_sibling_outputs(models: dict, prediction: str, dtype=torch.float64, st
             "VAE, decode": vae.decode(i["z"]).sample, "walk": x}
 
 
+def is_sibling(c: tiny_ldm.Config) -> bool:
+    return c.text_2 is not None or c.text.activation == "gelu"
+
+
+def references(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> dict:
+    """The reference models of any of them: text_encoder, text_encoder_2 (XL), unet, vae."""
+    if is_sibling(c):
+        return reference_siblings(c, tensors)
+    return dict(zip(("text_encoder", "unet", "vae"), reference_models(c, tensors)))
+
+
+def our_outputs(ldm: LatentDiffusion, dtype=torch.float64, steps: int = 10) -> dict:
+    """What any of our models answers, by what was asked. Last comes the end of a guided walk."""
+    outputs = our_sibling_outputs if is_sibling(ldm.config) else our_sd1_outputs
+    return outputs(ldm, dtype, steps)
+
+
+def their_outputs(c: tiny_ldm.Config, models: dict, prediction: str = "eps", dtype=torch.float64,
+                  steps: int = 10) -> dict:
+    """The same of the reference models for a config."""
+    if is_sibling(c):
+        kind = {"eps": "epsilon", "v": "v_prediction"}[prediction]
+        return their_sibling_outputs(models, kind, dtype, steps)
+    return their_sd1_outputs(models, dtype, steps)
+
+
+def with_lora(models: dict, lora: Path, scale: float) -> dict:
+    """Reference models, to whose weights diffusers has added a LoRA."""
+    import diffusers
+    kind, others = diffusers.StableDiffusionPipeline, ["safety_checker", "feature_extractor"]
+    if "text_encoder_2" in models:
+        kind, others = diffusers.StableDiffusionXLPipeline, ["tokenizer_2"]
+    scheduler = diffusers.EulerDiscreteScheduler(steps_offset=1)
+    pipeline = kind(**models, **dict.fromkeys(["tokenizer", *others]), scheduler=scheduler)
+    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
+    return {part: getattr(pipeline, part) for part in models}
+
+
 def reference_scheduler(sampler: str):
     """What one of our samplers is called in diffusers."""
     import diffusers
@@ -298,6 +338,19 @@ def reference_scheduler(sampler: str):
         "lcm": ("LCM", {})}[sampler]
     kind = getattr(diffusers, f"{name}Scheduler")
     return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
+
+
+def their_walk(sampler: str, network, start: torch.Tensor, steps: int, **settings
+               ) -> tuple[list[float], list[torch.Tensor]]:
+    """diffusers' timesteps, and the latents after each, on a network that predicts ε."""
+    scheduler, walk = reference_scheduler(sampler), []
+    scheduler.set_timesteps(steps)
+    x = scheduler.init_noise_sigma * start
+    for t in scheduler.timesteps:
+        eps = network(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(eps, t, x, **settings).prev_sample
+        walk.append(x)
+    return scheduler.timesteps.tolist(), walk
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -343,13 +396,9 @@ def comparison(d: Path, config, vocabulary: Path, steps: int, factor: float = 1.
     its picture with the references', in float32. One of the two models is in memory at a time."""
     import diffusers
     source, out, found = written(d, config, vocabulary, factor)
-    if config.text.activation == "gelu":
-        models = reference_siblings(config, load_file(source))
-        theirs = their_sibling_outputs(models, "epsilon", torch.float32, steps)
-        vae = models["vae"]
-    else:
-        models = reference_models(config, load_file(source))
-        theirs, vae = their_outputs(models, torch.float32, steps), models[2]
+    models = references(config, load_file(source))
+    theirs = their_outputs(config, models, "eps", torch.float32, steps)
+    vae = models["vae"]
     last = list(theirs)[-1]
     finish = diffusers.image_processor.VaeImageProcessor().postprocess
     their_picture = finish(vae.decode(theirs[last] / config.scale_factor).sample, "pil")[0]
@@ -357,8 +406,7 @@ def comparison(d: Path, config, vocabulary: Path, steps: int, factor: float = 1.
     rounding = relative_error(theirs["VAE, decode"], exact)
     del models, vae
     ldm = LatentDiffusion.load(out, "cpu")
-    outputs = our_sibling_outputs if config.text.activation == "gelu" else our_outputs
-    ours = outputs(ldm, torch.float32, steps)
+    ours = our_outputs(ldm, torch.float32, steps)
     our_picture = tiny_ldm.to_pil(ldm.decode_latents(ours[last]))[0]
     for name, t in ours.items():
         found[name] = relative_error(t, theirs[name])
