@@ -352,12 +352,12 @@ class Way(NamedTuple):
 WAYS = [Way("Stable Diffusion 1.x, 25 guided steps", "SD1", "euler_a", 25, 7.5),
         Way("LCM (1.x), 4 steps", "SD1", "lcm", 4, 1.0),
         Way("SD-Turbo (2.1), 1 step", "SD2", "euler_a_trailing", 1, 1.0)]
-# Two steps tell what fifty cost. The last number is that of the model's own steps
+# One or two steps tell what fifty cost. The last number is that of the model's own steps
 MODELS = [(Way("1.x", "SD1", "euler_a", 2, 7.5), "float32", 25),
           (Way("2.x, 512", "SD2", "ddim", 2, 9.0), "float32", 50),
           (Way("2.x, 768, v", "SD2_V", "ddim", 2, 9.0, 768), "float32", 50),
           (Way("SD-Turbo", "SD2", "euler_a_trailing", 1, 1.0), "float32", 1),
-          (Way("XL", "SDXL", "euler_leading", 2, 5.0, 1024), "bfloat16", 50),
+          (Way("XL", "SDXL", "euler_leading", 1, 5.0, 1024), "bfloat16", 50),
           (Way("XL-Turbo", "SDXL", "euler_a_trailing", 1, 1.0), "bfloat16", 1)]
 PICTURE_ENGINES = ["tiny_ldm", "diffusers, our allocator settings", "OpenVINO"]
 PICTURE_BAR = 1.03           # times diffusers, the whole process
