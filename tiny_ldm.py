@@ -1181,8 +1181,8 @@ def trailing(steps: int, sigmas: np.ndarray) -> Levels:
 def lcm_timesteps(steps: int, sigmas: np.ndarray) -> Levels:
     """t = 999, 759, 499, 259 for S = 4: evenly chosen from the 50 timesteps 999, 979 ... 19 that
     latent consistency models are trained at. S is at most 50."""
-    trained = np.arange(50, 0, -1) * (len(sigmas) // 50) - 1
-    timesteps = trained[np.arange(steps) * 50 // steps]
+    chosen = 50 - np.arange(steps) * 50 // steps                  # of 50, 49 ... 1
+    timesteps = chosen * (len(sigmas) // 50) - 1
     return levels_of(timesteps, sigmas[timesteps])
 
 
@@ -1454,9 +1454,10 @@ class LatentDiffusion(nn.Module):
     def from_header(header: dict[str, str]) -> "LatentDiffusion":
         """A new model with the config and the tokenizer of a `header`."""
         config = Config.from_dict(json.loads(header["config"]))
-        backend = tokenizers.Tokenizer.from_str(header["tokenizer"])
-        text = config.text
-        return LatentDiffusion(config, Tokenizer(backend, text.max_length, text.pad_id))
+        tables = json.loads(header["tokenizer"])["model"]
+        backend = clip_backend(tables["vocab"], tables["merges"])
+        return LatentDiffusion(config, Tokenizer(backend, config.text.max_length,
+                                                 config.text.pad_id))
 
     def save(self, path: str | Path) -> None:
         """Writes the model as one .safetensors, in the precision that it has."""
@@ -1519,9 +1520,8 @@ class LatentDiffusion(nn.Module):
             prompts = self.encode_text(prompts)
         if isinstance(prompts, Tensor):
             prompts = Text(prompts)
-        parts = [part.to(self.device, self.dtype).repeat_interleave(repeats, dim=0)
-                 for part in prompts if part is not None]
-        return Text(*parts)
+        return Text(*[part.to(self.device, self.dtype).repeat_interleave(repeats, dim=0)
+                      for part in prompts if part is not None])
 
     def texts(self, prompt: str | list[str] | Tensor | Text,
               negative_prompt: str | list[str] | Tensor | Text | None, guidance_scale: float,
@@ -2318,11 +2318,10 @@ def add_words(backend: tokenizers.Tokenizer, words: list[str]) -> None:
 
 @functools.wraps(lesson_from_header)
 def from_header(header: dict[str, str]) -> LatentDiffusion:
-    # Only the tables: the rules of a stranger's tokenizer could take forever
-    found = json.loads(header["tokenizer"])
-    backend = clip_backend(found["model"]["vocab"], found["model"]["merges"])
-    add_words(backend, [token["content"] for token in found["added_tokens"]])
-    return lesson_from_header({**header, "tokenizer": backend.to_str()})
+    ldm = lesson_from_header(header)
+    added = json.loads(header["tokenizer"])["added_tokens"]
+    add_words(ldm.tokenizer.backend, [token["content"] for token in added])
+    return ldm
 
 
 @functools.wraps(lesson_load)
