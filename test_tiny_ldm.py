@@ -1674,6 +1674,8 @@ def test_loras_that_can_not_be_added_are_refused(official, tmp_path, refuses):
     for name, tensor, message in (
             ("lora_unet_x.lora_up.weight", torch.ones(3), "1 of its 28 tensors are of no layer"),
             (f"{conv}.lora_mid.weight", torch.ones(3), "lora_mid"),
+            (first.replace("_unet_down_blocks_0_attentions_0_", "_unet_input_blocks_1_1_"),
+             good[first].clone(), "changes a layer twice, by two names (lora_unet_input_blocks"),
             (first, torch.ones(2, 7), "is for another model: it changes unet_down_blocks_0"),
             (f"{conv}.hada_w1_a", torch.ones(3), "is a LoHa; only plain LoRAs"),
             (f"{conv}.lokr_w1", torch.ones(3), "is a LoKr"),

@@ -886,7 +886,8 @@ def lora_name(layer: str) -> str:
 
 
 def lora_factor(settings: dict, layer: str, rank: int) -> float:
-    """alpha / rank as a file's header has it, where newer diffusers keep peft's settings."""
+    """alpha / rank where no tensor says it: in the file's header newer diffusers keep peft's
+    settings, and else it is 1."""
     part = re.match(r"text_encoder(_2)?|unet|vae", layer)[0]
     alpha = settings.get(f"{part}.lora_alpha", rank)
     for pattern, value in (settings.get(f"{part}.alpha_pattern") or {}).items():
@@ -916,12 +917,14 @@ def read_lora(given: str, c: Config) -> dict[str, Change]:
     found, others = {}, []
     for name, t in tensors.items():
         parts = LORA_TENSOR.fullmatch(name)
-        layer = parts and lora_name(parts["layer"])
-        if layer not in layers:
+        ours = parts and layers.get(lora_name(parts["layer"]))
+        if not ours:
             others.append(name)
             continue
         kind = {"A": "down", "B": "up"}.get(parts["kind"], parts["kind"] or "alpha")
-        found.setdefault(layer, {})[kind] = t
+        if kind in found.setdefault(ours, {}):
+            raise InputError(f"{path} changes a layer twice, by two names ({name}); get it again")
+        found[ours][kind] = t
     if others or not found:
         raise InputError(f"{path} can't be added to {c.name}: {len(others)} of its {len(tensors)} "
                          f"tensors are of no layer there ({', '.join(others[:2])}); get one that "
@@ -929,17 +932,18 @@ def read_lora(given: str, c: Config) -> dict[str, Change]:
     changes = {}
     with input_errors(f"{path} is damaged", "get it again"):
         settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-        for layer, parts in found.items():
-            up, down = parts["up"], parts["down"]
-            factor = lora_factor(settings, layer, len(down))
+        for ours, parts in found.items():
+            up, down, entry = parts["up"], parts["down"], name_map(c)[ours]
+            layer = lora_name(entry.diffusers.removesuffix(".weight"))
             if "alpha" in parts:
                 factor = parts["alpha"].item() / len(down)
-            ours = layers[layer]
+            else:
+                factor = lora_factor(settings, layer, len(down))
             changes[ours] = Change(scale * factor, up, down)
-            if not changes[ours].fits(name_map(c)[ours].shape):
+            if not changes[ours].fits(entry.shape):
                 raise InputError(f"{path} is for another model: it changes {layer} by "
                                  f"{list(up.shape)} @ {list(down.shape)}, which here is "
-                                 f"{list(name_map(c)[ours].shape)}")
+                                 f"{list(entry.shape)}")
     say(f"adding {path}, of {len(changes)} layers, at scale {scale:g}")
     return changes
 
