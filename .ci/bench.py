@@ -13,7 +13,7 @@
 `--device cuda` runs all but picture, models, memory and steps on a GPU, `--rounds N` says how often
 each is measured, and `--dtypes float32` limits the precisions. What is not installed (diffusers,
 transformers, openvino) is left out. Weights are synthetic, so nothing is downloaded. 8 GB of disk
-are used on the way, 25 GB by `picture`. `--narrow` takes a very small model instead, which shows
+are used on the way, 27 GB by `picture`. `--narrow` takes a very small model instead, which shows
 that the tables work but not what is fast.
 
 Every engine is a process of its own that has loaded its model and waits. The two that are compared
@@ -224,17 +224,10 @@ def make_models(folder, narrow, version="SD1"):
     import torch
     import checkpoints
     import reference
-    import tiny_ldm
     import weights_convert
-    config = getattr(tiny_ldm, version)
-    config = narrowed(config) if narrow else config
+    config = config_of(version, narrow)
     with torch.no_grad():
-        tensors = reference.official_tensors(config)
-        if version == "SD1":
-            parts = ("text_encoder", "unet", "vae")
-            models = dict(zip(parts, reference.reference_models(config, tensors)))
-        else:
-            models = reference.reference_siblings(config, tensors)
+        models = reference.references(config, reference.official_tensors(config))
         for name, model in models.items():
             model.save_pretrained(folder / name)
     (folder / "tokenizer").mkdir()
@@ -389,6 +382,7 @@ def picture_of_diffusers(folder, way, dtype, clock):
     import diffusers
     import torch
     import transformers
+    # (Not `reference_scheduler`, whose module would load tiny_ldm into this process, too)
     name, settings = {"euler_a": ("EulerAncestralDiscrete", {}), "lcm": ("LCM", {}),
                       "euler_a_trailing": ("EulerAncestralDiscrete",
                                            dict(timestep_spacing="trailing"))}[way.sampler]
@@ -495,14 +489,18 @@ def models(args, folder):
         if way.version != written:
             random_model(folder / "t.safetensors", way.version, dtype, args.narrow)
             written = way.version
-        whole, load, text, steps, decode, memory = picture_seconds("tiny_ldm", way, dtype, folder)
+        whole, _, _, steps, _, memory = picture_seconds("tiny_ldm", way, dtype, folder)
         step, rest = steps / way.steps, whole - steps
         print(f"| {way.name} | {way.side} | {dtype} | {rest:.0f} | {step:.1f} | {count} | "
               f"{rest + count * step:.0f} | {memory:.1f} GB |", flush=True)
 
 
-def narrowed(config):
-    """A very small model of the same kind."""
+def config_of(version, narrow):
+    """That of a model, or of a very small one of the same kind."""
+    import tiny_ldm
+    config = getattr(tiny_ldm, version)
+    if not narrow:
+        return config
     text = replace(config.text, width=64, num_heads=1, num_layers=3)
     unet = replace(config.unet, channels=config.unet.head_dim or 32)
     if config.text_2:
@@ -517,8 +515,7 @@ def random_model(path, version, dtype, narrow):
     import torch
     import checkpoints
     import tiny_ldm
-    config = getattr(tiny_ldm, version)
-    config = narrowed(config) if narrow else config
+    config = config_of(version, narrow)
     with torch.device("meta"):
         ldm = tiny_ldm.LatentDiffusion(config, checkpoints.small_tokenizer(77))
     ldm.to(getattr(torch, dtype)).to_empty(device="cpu").requires_grad_(False)
@@ -560,25 +557,6 @@ def picture(args, folder):
 # --------------------------------------------------------------------------------------------------
 # Memory, errors, the built-in model
 
-PICTURE = {"tiny_ldm": """
-import sys, torch, tiny_ldm
-file, dtype = sys.argv[1] + "/t.safetensors", getattr(torch, sys.argv[2])
-ldm = tiny_ldm.LatentDiffusion.load(file, "cpu", dtype)
-ldm.generate("", "", steps=2, progress=False)
-""", "diffusers": """
-import sys, torch, diffusers, transformers
-folder, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-text = transformers.CLIPTextModel.from_pretrained(folder + "/text_encoder", torch_dtype=dtype)
-pipe = diffusers.StableDiffusionPipeline(
-    vae=diffusers.AutoencoderKL.from_pretrained(folder + "/vae", torch_dtype=dtype),
-    unet=diffusers.UNet2DConditionModel.from_pretrained(folder + "/unet", torch_dtype=dtype),
-    text_encoder=text, tokenizer=None, safety_checker=None, feature_extractor=None,
-    scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False)
-context = text(torch.ones(1, 77, dtype=torch.long)).last_hidden_state
-pipe.set_progress_bar_config(disable=True)
-pipe(prompt_embeds=context, negative_prompt_embeds=context, num_inference_steps=2,
-     height=512, width=512)
-"""}
 LOAD = """
 import sys, time, torch, tiny_ldm
 begin = time.perf_counter()
@@ -608,12 +586,13 @@ def run_code(code, *arguments):
 def memory(args, folder):
     print(f"\nPeak memory of a picture of 512 x 512, guided, 2 steps: medians of {args.rounds}\n\n"
           f"| | {' | '.join(args.dtypes)} |\n|---" + "|---" * len(args.dtypes) + "|")
-    for name, code in PICTURE.items():
-        if name == "diffusers" and not find_spec("diffusers"):
+    way = Way("two steps", "SD1", "euler_a", 2, 7.5)
+    for name in ("tiny_ldm", "diffusers as installed"):
+        if not ENGINES[name].is_there("cpu"):
             continue
         row = []
         for dtype in args.dtypes:
-            peaks = [run_code(code, folder, dtype)[0] for _ in range(args.rounds)]
+            peaks = [picture_seconds(name, way, dtype, folder)[-1] for _ in range(args.rounds)]
             row.append(f"{statistics.median(peaks):.2f} GB")
         print(f"| {name} | {' | '.join(row)} |", flush=True)
     size = (folder / "t.safetensors").stat().st_size / 1e9

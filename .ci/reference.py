@@ -44,11 +44,16 @@ def synthetic(name: str, shape: tuple[int, ...], factor: float = 1.0) -> torch.T
     network; all but the norms' weights times factor."""
     random = np.random.RandomState(zlib.crc32(name.encode()))
     n = torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+    return scaled(name, n, factor)
+
+
+def scaled(name: str, n: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """Normal numbers n, brought to the scale that a tensor of this official name needs."""
     if name.endswith("bias"):
         return 0.05 * factor * n
-    if len(shape) == 1:
+    if n.ndim == 1:
         return 1 + 0.1 * n
-    return factor * (0.5 if "embedding" in name else math.prod(shape[1:]) ** -0.5) * n
+    return factor * (0.5 if "embedding" in name else math.prod(n.shape[1:]) ** -0.5) * n
 
 
 def official_tensors(config: tiny_ldm.Config, factor: float = 1.0) -> dict[str, torch.Tensor]:
@@ -281,7 +286,7 @@ def their_sibling_outputs(models: dict, prediction: str, dtype=torch.float64, st
 
 
 def is_sibling(c: tiny_ldm.Config) -> bool:
-    return c.text_2 is not None or c.text.activation == "gelu"
+    return weights_convert.family(c) is not SD1
 
 
 def references(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> dict:
@@ -421,16 +426,6 @@ def comparison(d: Path, config, vocabulary: Path, steps: int, factor: float = 1.
     return found
 
 
-def quick_synthetic(shape: tuple[int, ...], name: str, generator: torch.Generator) -> torch.Tensor:
-    """Like `synthetic`, but drawn by PyTorch, since XL has 3,500 million numbers."""
-    n = torch.randn(shape, generator=generator)
-    if name.endswith("bias"):
-        return n.mul_(0.05)
-    if len(shape) == 1:
-        return n.mul_(0.1).add_(1)
-    return n.mul_(0.5 if "embedding.weight" in name else math.prod(shape[1:]) ** -0.5)
-
-
 @torch.no_grad()
 def xl_at_full_size() -> dict[str, float]:
     """Text encoders and U-Net of XL, in float32, one after the other, since the U-Net alone has 10
@@ -438,12 +433,13 @@ def xl_at_full_size() -> dict[str, float]:
     c, generator, found = tiny_ldm.SDXL, torch.Generator().manual_seed(0), {}
     with torch.device("meta"):
         shells, ldm = sibling_shells(c), LatentDiffusion(c, None)
-    vectors, text = [], inputs(torch.float32)["ids"]
+    contexts, pooled, text = [], None, inputs(torch.float32)["ids"]
     for part, theirs in shells.items():
         ours, tensors, named = getattr(ldm, part), {}, {}
         for name, entry in weights_convert.name_map(c).items():
             if name.startswith(f"{part}."):
-                t = quick_synthetic(entry.shape, name, generator)
+                # By PyTorch, which is quicker than `synthetic`: XL has 3,500 million numbers
+                t = scaled(entry.official, torch.randn(entry.shape, generator=generator))
                 tensors[name.removeprefix(f"{part}.")] = t
                 named[entry.diffusers.removeprefix(f"{part}.")] = t
         ours.load_state_dict(tensors, assign=True)
@@ -457,8 +453,7 @@ def xl_at_full_size() -> dict[str, float]:
         del tensors, named
         if part == "unet":
             x = torch.randn(2, 4, 32, 32, generator=generator)
-            context = torch.cat([vector[0] for vector in vectors], dim=-1)
-            pooled = vectors[1][1]
+            context = torch.cat(contexts, dim=-1)
             for t in (1, 981):
                 wanted = theirs(x, t, context, added_cond_kwargs=dict(
                     text_embeds=pooled, time_ids=SIZES.float())).sample
@@ -469,11 +464,10 @@ def xl_at_full_size() -> dict[str, float]:
             wanted = theirs(ids, output_hidden_states=True)
             context, last = ours.context_and_last(ids)
             found[part] = relative_error(context, wanted.hidden_states[-2])
-            vectors.append([context])
+            contexts.append(context)
             if part == "text_encoder_2":
                 pooled = ours.pooled(last, ids, eos=1)
                 found["pooled"] = relative_error(pooled, wanted.text_embeds)
-                vectors[-1].append(pooled)
         theirs.to("meta")
         ours.to("meta")
     return found
