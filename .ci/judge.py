@@ -3,7 +3,11 @@ nothing else. The command measures the built-in model with it:
 
     python .ci/judge.py 300 --grid weights/samples.png       300 captions of each kind: the README's
                                                              table and its pictures
+    python .ci/judge.py 300 --seed 1000000 3000000 4000000   three tables in one, and some pictures
+        --failures weights/failures.png                      of what is wrong
     python .ci/judge.py 25 --samplers weights/samplers.png   the samplers, by network calls
+    python .ci/judge.py 100 --curve curve.png --weights 1000.safetensors 2000.safetensors
+                                                             models on the way, by their step
     python .ci/judge.py 1 --ways weights/ways.png            a picture for each way to walk
     python .ci/judge.py 50 --guidance-experiment             three ways to guide, by their scale
     python .ci/judge.py 75 --attention --check --sampler ddim --steps 20 --seed 3
@@ -19,7 +23,7 @@ import random
 import sys
 import textwrap
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -363,15 +367,15 @@ def attention_on_things(ldm: LatentDiffusion, count: int, seed: int, **settings)
 # --------------------------------------------------------------------------------------------------
 # The command
 
-def labelled(image: Image.Image, caption: str, wrong: str = "") -> Image.Image:
-    """A picture at 128 x 128 with its caption below, and a mark where the judge disagrees."""
-    card = Image.new("RGB", (144, 206), "white")
+def labelled(image: Image.Image, text: str, wrong: str = "", height: int = 206) -> Image.Image:
+    """A picture at 128 x 128 with a text below, and a mark if anything is wrong with it."""
+    card = Image.new("RGB", (144, height), "white")
     card.paste(image.resize((128, 128), Image.Resampling.NEAREST), (8, 8))
     pen, font = ImageDraw.Draw(card), ImageFont.load_default(11)
     pen.rectangle((7, 7, 136, 136), outline="lightgrey")
-    pen.text((8, 140), "\n".join(textwrap.wrap(caption, 22)), "black", font)
+    pen.text((8, 140), "\n".join(textwrap.wrap(text, 22)), "black", font)
     if wrong:
-        pen.text((128, 190), "x", "red", font)
+        pen.text((128, height - 16), "x", "red", font)
     return card
 
 
@@ -386,15 +390,20 @@ def grid(images: list[Image.Image], columns: int) -> Image.Image:
 
 def table(ldm: LatentDiffusion, args: argparse.Namespace, settings: dict) -> None:
     """Prompt-following, a row per kind of caption, and how crisp the pictures are."""
-    first, looks = [], []
-    print("| captions | right |\n|---|---|")
+    first, failures, looks = [], [], []
+    seeds = [f"seed {seed}" for seed in args.seed] if len(args.seed) > 1 else []
+    print("| captions | " + " | ".join([*seeds, "right"]) + " |")
+    print("|---" * (2 + len(seeds)) + "|")
     for kind in KINDS:
-        judged = prompt_following(ldm, kind, args.count, args.seed, args.free_words, **settings)
-        print(f"| {kind} | {100 * right(judged):.1f} % |", flush=True)
+        runs = [prompt_following(ldm, kind, args.count, seed, args.free_words, **settings)
+                for seed in args.seed]
+        judged = sum(runs, [])
+        shares = [right(run) for run in runs if seeds] + [right(judged)]
+        print(f"| {kind} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |",
+              flush=True)
         first += judged[:6]
+        failures += [row for row in judged if row.wrong][:3]
         for row in judged:
-            if row.wrong and args.failures:
-                print(f"    {row.caption}: {row.wrong}")
             if not row.wrong and not parse(row.caption).relation:
                 looks.append(crispness(row.image, row.caption))
     inside, outside, edge = np.mean(looks, axis=0)
@@ -402,6 +411,10 @@ def table(ldm: LatentDiffusion, args: argparse.Namespace, settings: dict) -> Non
           f"{outside:.1f} in the background; edges {edge:.1f} pixels wide at 128")
     if args.grid:
         grid([labelled(*row) for row in first], 6).save(args.grid)
+    if args.failures:
+        cards = [labelled(row.image, f"{row.caption}: {row.wrong}", height=240)
+                 for row in failures]
+        grid(cards, 6).save(args.failures)
 
 
 CALLS = (5, 10, 20, 50)
@@ -424,27 +437,43 @@ def compare_samplers(ldm: LatentDiffusion, count: int, file: str) -> None:
             lines[sampler].append(right(judged))
         row = " | ".join(f"{100 * share:.0f} %" for share in lines[sampler])
         print(f"| {sampler} | {row} |", flush=True)
-    plot(lines).save(file)
+    plot(lines, CALLS, "network calls").save(file)
 
 
-def plot(lines: dict[str, list[float]]) -> Image.Image:
-    """A line per sampler: the share of right pictures at each of CALLS."""
-    picture = Image.new("RGB", (640, 340), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+def compare_models(files: list[str], count: int, file: str, settings: dict) -> None:
+    """Prompt-following of models that are named by their step: a table, and a plot of it."""
+    print("| step | " + " | ".join(KINDS) + " |")
+    print("|---" * (1 + len(KINDS)) + "|")
+    lines = {kind: [] for kind in KINDS}
+    for path in files:
+        ldm = LatentDiffusion.load(path)
+        for kind in KINDS:
+            lines[kind].append(right(prompt_following(ldm, kind, count, **settings)))
+        row = " | ".join(f"{100 * shares[-1]:.0f} %" for shares in lines.values())
+        print(f"| {Path(path).stem} | {row} |", flush=True)
+    plot(lines, [Path(path).stem for path in files], "steps of training").save(file)
+
+
+def plot(lines: dict[str, list[float]], ticks: Sequence, axis: str) -> Image.Image:
+    """The share of right pictures at each tick, a line per name."""
+    width, font = 390 / max(1, len(ticks) - 1), ImageFont.load_default(13)
+    longest = max(font.getlength(name) for name in lines)
+    picture = Image.new("RGB", (512 + math.ceil(longest), 340), "white")
+    pen = ImageDraw.Draw(picture)
     for percent in (0, 25, 50, 75, 100):
         y = 300 - 2.8 * percent
         pen.line([60, y, 450, y], "lightgrey")
         pen.text((10, y - 8), f"{percent} %", "black", font)
-    for i, calls in enumerate(CALLS):
-        pen.text((52 + 130 * i, 306), f"{calls}", "black", font)
-    pen.text((200, 322), "network calls; captions that the picture shows", "black", font)
+    for i, tick in list(enumerate(ticks))[:: math.ceil(45 / width)]:
+        pen.text((60 + width * i, 306), f"{tick}", "black", font, anchor="ma")
+    pen.text((255, 322), f"{axis}; captions that the picture shows", "black", font, anchor="ma")
     colours = [rgb for name, rgb in COLOURS.items() if name != "white"] + [(140, 140, 140)]
-    for n, (sampler, shares) in enumerate(lines.items()):
-        points = [(60 + 130 * i, 300 - 280 * share) for i, share in enumerate(shares)]
+    for n, (name, shares) in enumerate(lines.items()):
+        points = [(60 + width * i, 300 - 280 * share) for i, share in enumerate(shares)]
         top = 34 + 22 * n
         pen.line(points, colours[n], 3)
         pen.rectangle((480, top, 494, top + 6), colours[n])
-        pen.text((502, top - 5), sampler, "black", font)
+        pen.text((502, top - 5), name, "black", font)
     return picture
 
 
@@ -514,31 +543,35 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures how well a model follows its prompts.")
     add = parser.add_argument
     add("count", type=int, help="captions of each kind")
-    add("--weights")
+    add("--weights", nargs="+", default=[None])
     add("--steps", type=int)
     add("--sampler")
     add("--guidance-scale", type=float)
     add("--dtype", default="float32")
-    add("--seed", type=int, default=10**6, help="of the captions and the pictures")
+    add("--seed", type=int, nargs="+", default=[10**6],
+        help="of the captions and the pictures; several: each, and all together")
     add("--free-words", action="store_true", help="give the model the captions in other words")
-    add("--failures", action="store_true", help="also print what was wrong")
+    add("--failures", metavar="FILE", help="also draw the first three of each kind that are wrong")
     add("--grid", metavar="FILE", help="also draw the first pictures of each kind")
     add("--samplers", metavar="FILE", help="instead compare the samplers, as a plot")
+    add("--curve", metavar="FILE", help="instead compare all of --weights, as a plot")
     add("--ways", metavar="FILE", help="instead draw one picture for each way to walk")
     add("--guidance-experiment", action="store_true", help="instead compare ways to guide")
     add("--attention", action="store_true", help="instead see if attention follows the words")
     add("--check", action="store_true", help="with --attention: exit with 1 below 3")
     args = parser.parse_args(argv)
-    ldm = LatentDiffusion.load(args.weights, dtype=getattr(torch, args.dtype))
+    ldm = LatentDiffusion.load(args.weights[0], dtype=getattr(torch, args.dtype))
     settings = dict(steps=args.steps, sampler=args.sampler, guidance_scale=args.guidance_scale)
     if args.samplers:
         compare_samplers(ldm, args.count, args.samplers)
+    elif args.curve:
+        compare_models(args.weights, args.count, args.curve, settings)
     elif args.ways:
         draw_ways(ldm, args.ways)
     elif args.guidance_experiment:
         compare_guidance(ldm, args.count, settings)
     elif args.attention:
-        ratios = attention_on_things(ldm, args.count, args.seed, **settings)
+        ratios = attention_on_things(ldm, args.count, args.seed[0], **settings)
         print(f"Of the attention to a thing's words {np.mean(ratios):.2f} times as much falls on "
               f"it as its share of the area ({len(ratios)} pictures)")
         return int(args.check and not np.mean(ratios) >= 3)
