@@ -54,9 +54,9 @@ Part II, the workshop: what makes a tool of it, and the built-in model's own rec
    13. Training runs     data, checkpoints, several processes
    14. Command line
 
-Lines that begin with "# %%" start a cell: VS Code, PyCharm and JupyterLab (with jupytext) step
-through the file cell by cell, and each section of Part I ends with a cell that shows something. The
-notebooks next to this file play with the sections.
+Lines that begin with "# %%" start a cell: VS Code and JupyterLab (with jupytext) step through the
+file cell by cell, and each section of Part I ends with a cell that shows something. The notebooks
+next to this file play with the sections.
 """
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ STEPPING = __name__ == "__main__" and "ipykernel" in sys.modules
 # --------------------------------------------------------------------------------------------------
 # The sizes in which models differ. Stable Diffusion 1.x is one instance of these classes (`SD1`),
 # the small model built into this repository another (`SHAPES`), so whatever you learn on the small
-# one holds for the large one. Notebook 7 puts the two side by side.
+# one holds for the large one. Notebook 7 puts the two side by side. Many words here are explained
+# only later: skim this section now, and come back to it.
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -97,9 +98,9 @@ class TextConfig:
     num_layers: int = 12
     num_heads: int = 12           # so each head is 64 wide
     activation: str = "quick_gelu"        # or "gelu", the exact one
-    pad_id: int | None = None     # what prompts are filled up with; None: EOS
-    penultimate: bool = False     # the context is what comes out of the last layer but one ...
-    final_norm: bool = True       # ... and whether the final norm follows
+    pad_id: int | None = None     # what prompts are filled up with; None: EOS (section 5)
+    penultimate: bool = False     # is the context what comes out of the last layer but one? ...
+    final_norm: bool = True       # ... and does the final norm follow?
     pooled_dim: int | None = None         # width of a vector for the prompt as a whole, if any
 
 
@@ -120,7 +121,7 @@ class UNetConfig:
     out_channels: int = 4
     channels: int = 320           # so the levels are 320, 640, 1280, 1280 wide: 860 M parameters
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    num_res_blocks: int = 2       # per level (the way up has one more)
     # Transformer blocks at each level. None at the coarsest, 8 x 8: the middle, also 8 x 8, has as
     # many as the level with the most
     transformer_depth: tuple[int, ...] = (1, 1, 1, 0)
@@ -198,7 +199,7 @@ def for_inpainting(config: Config) -> Config:
 SD1 = Config("Stable Diffusion 1.x", image_size=512)
 SD1_INPAINT = for_inpainting(SD1)
 
-# What changed after 1.x? Everything not named here is the same.
+# What changed after 1.x? (Sizes, scale_factor and a picture's settings: see the code below.)
 #
 #                     1.x           2.x                     XL
 #     text encoder    CLIP L        OpenCLIP H, trained     CLIP L and OpenCLIP bigG, side by side
@@ -236,6 +237,7 @@ SHAPES = Config(
     prediction="v",         # learns colours and layout sooner than "eps" (section 2 says why)
     scale_factor=1.0,       # a placeholder: measured when the VAE is trained (section 9)
     guidance_scale=2.0,     # measured: with more, things get drawn twice
+    # vocab_size is an upper limit for the tokenizer: its captions gave 423 pieces
     text=TextConfig(vocab_size=512, max_length=24, width=128, num_layers=3, num_heads=4),
     # Pixels of flat colour need few channels; the coarse levels, where a shape is decided, get more
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=8),
@@ -250,16 +252,18 @@ if STEPPING:
 
 # %% 2. Diffusion
 # --------------------------------------------------------------------------------------------------
-# The whole idea, before any network. Notebook 1 plays it through in the plane, on points.
+# The whole idea, before any network. ("Picture" means x₀ here, so in this file its latents.)
+# Notebook 1 plays it through in the plane, on points.
 #
 # Noise (Sohl-Dickstein et al. 2015, arXiv:1503.03585). One step of noising shrinks the picture a
 # little and adds a little Gaussian noise, such that the variance stays 1 if it was 1:
 #
 #     xₜ = √(1−βₜ) · xₜ₋₁ + √βₜ · ε               (Ho et al. 2020, arXiv:2006.11239, equation 2)
 #
-# In many steps the factors multiply, to √ᾱₜ with ᾱₜ = (1−β₀)(1−β₁) ... (1−βₜ). The small noises,
-# each shrunk by the steps after it, add up to one Gaussian noise; and since the variance stays 1,
-# its share is the rest, 1−ᾱₜ. So all the steps up to t are one step of the same form:
+# In many steps the factors multiply, to √ᾱₜ with ᾱₜ = (1−β₀)(1−β₁) ... (1−βₜ). The small noises, a
+# new ε in each step, shrunk by the steps after it, add up to one Gaussian noise; and since the
+# variance stays 1, its share is the rest, 1−ᾱₜ. So all the steps up to t are one step of the same
+# form, in which ε is all the noise together:
 #
 #     xₜ = √ᾱₜ · x₀ + √(1−ᾱₜ) · ε                                               (equation 4)
 #
@@ -277,15 +281,15 @@ if STEPPING:
 # The question. Training shows a network xₜ and t, and asks for ε: all the noise, at once. The
 # network can't know ε, because many pictures could have become this xₜ. Under a squared error its
 # best answer is the mean of all the ε that are possible, and with it the mean of all the possible
-# x₀: at t = 999, where every picture is possible, a grey blur. That is why one step is not enough.
-# But the mean points the right way: go a little towards it, and where there is less noise fewer
-# pictures are possible, so the next mean is sharper. Sampling is nothing else.
+# x₀: at t = 999, where nearly every picture is possible, a blur. So one step is not enough. But the
+# mean points the right way: go a little towards it, and where there is less noise fewer pictures
+# are possible, so the next mean is sharper. Sampling is nothing else.
 
 def make_alphas_cumprod(config: ScheduleConfig) -> Tensor:
-    """ᾱₜ for t = 0 ... T−1: [T], float64, always on the CPU.
+    """ᾱₜ, the product of all α = 1−β up to t, for t = 0 ... T−1: [T], float64, always on the CPU.
 
     Careful, it is √β that grows linearly, not β (diffusers: "scaled_linear"; the original calls it
-    just "linear"), or all levels in between would be noisier (CompVis util.py:22).
+    just "linear"), or every level but the first would be noisier (CompVis util.py:22).
 
     CompVis is the original code, github.com/CompVis/stable-diffusion at 21f890f. Its util.py is
     always the one in ldm/modules/diffusionmodules; the other files are somewhere in ldm/.
@@ -304,15 +308,18 @@ def make_alphas_cumprod(config: ScheduleConfig) -> Tensor:
 #     score   = −E[ε | xₜ] / √(1−ᾱₜ) = ∇ log p(xₜ)  the direction in which xₜ gets likelier
 #                                                (Song et al. 2021, arXiv:2011.13456)
 #
+# (E[ε | xₜ] is the mean of all the ε that are possible with this xₜ.)
+#
 # Why is the score there? p(xₜ) says how likely xₜ is among all noisy pictures of this t. With only
 # one x₀, log p(xₜ) is −|xₜ − √ᾱₜ x₀|² / (2 (1−ᾱₜ)) plus a constant: its gradient is −ε / √(1−ᾱₜ).
 # With many x₀ it is the mean of their gradients, each weighted by how probable that x₀ is given xₜ:
-# so ε becomes the mean E[ε | xₜ].
+# so ε becomes its mean, E[ε | xₜ].
 #
 # Why v? Write √ᾱₜ = cos φ and √(1−ᾱₜ) = sin φ: then xₜ = cos φ · x₀ + sin φ · ε turns from x₀ to ε
 # like the hand of a clock, and v = cos φ · ε − sin φ · x₀ is the direction in which it moves as φ
 # grows. Where there is little noise that is ε, which xₜ hardly shows, and where there is much, −x₀,
-# which it hardly shows either. So v is never trivial to guess, as ε is at t = 999, where xₜ is ε.
+# which it hardly shows either. So v is never trivial to guess, as ε is at t = 999, where xₜ is
+# hardly anything else.
 #
 # In all functions below alpha_bar is a number, or a tensor that broadcasts.
 
@@ -350,8 +357,8 @@ def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod:
 
     unet: any network(xt, t, context) -> like xt. x0 [B, C, h, w]: clean latents, scaled. context
     [B, L, D]. alphas_cumprod [T]. prediction: what the network is asked for, "eps" or "v". t [B],
-    integers, uniform, and eps, like x0: drawn here (on the CPU, from the generator if one is given)
-    unless the caller passes them.
+    integers, and eps, like x0: drawn here unless the caller passes them, t uniform, eps normal (on
+    the CPU, from the generator if one is given).
     """
     if t is None:
         t = torch.randint(len(alphas_cumprod), (len(x0),), generator=generator)
@@ -372,13 +379,14 @@ def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod:
 # δ/√ᾱₜ; the loss squares it. So noisy xₜ count for more, and there the layout of a picture is
 # decided.)
 #
-# A sampler. Section 7 has more, and all follow the same pattern: one step takes x at noise level ᾱ,
-# and the network's guess of ε there, to a level ᾱ′ with less noise (careful, less noise is a larger
-# ᾱ: ᾱ′ > ᾱ).
+# A sampler. Section 7 has more, and all follow the same pattern: with the network's guess of the ε
+# in x, one step takes x from noise level ᾱ to a level ᾱ′ with less noise (careful, less noise is a
+# larger ᾱ: ᾱ′ > ᾱ).
 
 def ddim(x: Tensor, eps: Tensor, a: float, a_next: float, *, eta: float = 0.0,
          noise: Callable[[], Tensor] | None = None, **_) -> Tensor:
-    """Denoising diffusion implicit models (Song et al. 2020, arXiv:2010.02502, equation 12).
+    """Denoising diffusion implicit models (Song et al. 2020, arXiv:2010.02502, equations 12 and 16;
+    careful, their α is our ᾱ).
 
     Jump to the guess of x₀, then back to the next noise level along the same ε. Nothing requires
     ᾱ′ to be the very next timestep's: the path is smooth, so a few dozen jumps are enough. x, eps
@@ -401,8 +409,8 @@ def ddim(x: Tensor, eps: Tensor, a: float, a_next: float, *, eta: float = 0.0,
 
 
 # Guidance. So far the prompt is just one more input, and a network can get away with hardly looking
-# at it. By Bayes' rule p(prompt | x) = p(x | prompt) p(prompt) / p(x), so what the prompt adds to
-# the score is a difference,
+# at it. By Bayes' rule p(prompt | x) = p(x | prompt) p(prompt) / p(x), where p(prompt) does not
+# depend on x and has no gradient. So what the prompt adds to the score is a difference,
 #
 #     ∇ log p(prompt | x) = ∇ log p(x | prompt) − ∇ log p(x)
 #
@@ -440,9 +448,9 @@ if STEPPING:
 #     Downsample         between levels              encoder             -
 #     Upsample           between levels              decoder             -
 #
-# Pictures travel as [B, C, H, W], sequences as [B, N, D]. What differs between the networks is an
-# argument, above all the norms' epsilons and the paddings. A wrong one is hard to see: the picture
-# gets a little worse, and nothing says why.
+# Pictures travel as [B, C, H, W], sequences as [B, N, C], text as [B, L, D]. What differs between
+# the networks is an argument, above all the norms' epsilons and the paddings. A wrong one is hard
+# to see: the picture gets a little worse, and nothing says why.
 #
 # Two ideas make networks this deep trainable at all. Residuals: a block adds to its input instead
 # of replacing it, so gradients find a way past it (He et al. 2015, arXiv:1512.03385). Norms: a
@@ -468,8 +476,8 @@ class ResBlock(nn.Module):
         +── skip: a 1x1 convolution if C' is not C ─────────+
 
     emb_dim: E, the width of the timestep's vector (section 6); None in the VAE, which knows no
-    time. Careful, the norms' own epsilon is 1e-5 in the U-Net and 1e-6 in the VAE (CompVis
-    openaimodel.py, model.py:38).
+    time. Careful, eps is no noise here, but what a norm adds to the variance before it divides:
+    1e-5 in the U-Net, 1e-6 in the VAE (CompVis util.py:205, model.py:38).
     """
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int,
@@ -606,8 +614,8 @@ def mid_block(channels: int, norm_groups: int) -> list[nn.Module]:
 
 
 class Encoder(nn.Sequential):
-    """image [B, 3, H, W] -> [B, 8, H/8, W/8]: for each of the 4 latent channels a mean and a
-    log-variance. Layers in a row; in SD 1.x, from level to level:
+    """image [B, 3, H, W] -> [B, 8, H/8, W/8], of which the VAE's quant_conv makes a mean and a
+    log-variance for each of the 4 latent channels. Layers in a row; in SD 1.x, from level to level:
 
         [B, 128, 512, 512] -> [B, 256, 256, 256] -> [B, 512, 128, 128] -> [B, 512, 64, 64]
     """
@@ -655,7 +663,7 @@ class VAE(nn.Module):
     """Encoder and decoder, with a 1x1 convolution on either side of the latents. (These are called
     "quant" since the paper's other autoencoder quantises there.)
 
-    Its latents are not scaled: scale_factor is applied outside, in LatentDiffusion.
+    Its latents z are not scaled: x₀ = scale_factor · z, which LatentDiffusion sees to.
     """
 
     def __init__(self, c: VAEConfig):
@@ -678,8 +686,9 @@ class VAE(nn.Module):
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """A point of the cloud, z = mean + σ · noise. Written so, the randomness comes from outside and
-    gradients reach mean and σ (the "reparametrisation trick"). All [B, 4, h, w]."""
+    """A point of the cloud (of the "posterior"), z = mean + σ · noise. Written so, the randomness
+    comes from outside and gradients reach mean and σ (the "reparametrisation trick"). All
+    [B, 4, h, w]."""
     return mean + torch.exp(0.5 * logvar) * noise
 
 
@@ -745,16 +754,16 @@ class Tokenizer:
 
     @staticmethod
     def train(captions: list[str], vocab_size: int, max_length: int) -> "Tokenizer":
-        """A new tokenizer, by CLIP's recipe, with at most vocab_size pieces learned from
-        captions."""
+        """A new tokenizer, by CLIP's recipe, learned from captions: at most vocab_size pieces, BOS,
+        EOS and the single letters included (all of which stay, however small it is)."""
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[BOS, EOS], end_of_word_suffix="</w>",
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
         backend = clip_backend({}, [])
         backend.train_from_iterator(captions, trainer)
         merges = json.loads(backend.to_str())["model"]["merges"]
-        # The library numbers letters at random; sorted, the same pieces get the same numbers. (Of
-        # two pairs that are equally frequent it still merges either first)
+        # The library numbers the letters at a word's end at random; sorted, the same pieces get the
+        # same numbers. (Which of two equally frequent pairs it merges first may still be chance)
         pieces = sorted(backend.get_vocab())
         vocab = {piece: number for number, piece in enumerate(pieces)}
         return Tokenizer(clip_backend(vocab, merges), max_length)
@@ -762,7 +771,7 @@ class Tokenizer:
 
 def clip_backend(vocab: dict[str, int], merges: list[list[str]]) -> tokenizers.Tokenizer:
     """CLIP's recipe with these tables: vocab is piece -> id, merges the pairs in the order in which
-    they are merged (OpenAI's CLIP, simple_tokenizer.py)."""
+    they are merged (OpenAI's CLIP, simple_tokenizer.py, but for its repair of broken text)."""
     merges = [tuple(pair) for pair in merges]
     backend = tokenizers.Tokenizer(
         models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=EOS))
@@ -779,8 +788,8 @@ def clip_backend(vocab: dict[str, int], merges: list[list[str]]) -> tokenizers.T
         [pre_tokenizers.Split(words, "removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if vocab:
-        # (A trainer adds them itself.) As in CLIP's own file, BOS is looked for in the lower-cased
-        # prompt, and EOS in the prompt as it was written
+        # The special pieces (a trainer adds them itself). As in transformers' CLIP, BOS is looked
+        # for in the lower-cased prompt, and EOS in the prompt as it was written
         backend.add_special_tokens([tokenizers.AddedToken(BOS, normalized=True), EOS])
     return backend
 
