@@ -865,8 +865,10 @@ if STEPPING:
 # %% 6. U-Net
 # --------------------------------------------------------------------------------------------------
 # The network that sees noisy latents and guesses the noise (or v). Going down it halves the
-# resolution, and each place sees more and more of the picture; going up it doubles it again, and at
-# every block is handed what the way down knew at that resolution: the skips. Stable Diffusion 1.x:
+# resolution, and each place sees more and more of the picture; going up it doubles it again, and
+# every block is handed what the way down knew at that resolution, a skip. (At each there are three:
+# from its two blocks and from what led to them, a Downsample or the first convolution.) Stable
+# Diffusion 1.x:
 #
 #     latents [B, 4, 64, 64]                                     guess [B, 4, 64, 64]
 #          |                                                          ^
@@ -993,7 +995,7 @@ def unet_layers(c: UNetConfig, context_dim: int, in_channels: int, out_channels:
 
 class UNet(nn.Module):
     """x [B, C, h, w] noisy latents, t [B] int or float, context [B, L, D] -> the guess [B, 4, h,
-    w]. vector [B, V]: what Stable Diffusion XL is told besides (`LatentDiffusion.added_vector`).
+    w]. vector [B, 2816]: what Stable Diffusion XL is told besides (`LatentDiffusion.added_vector`).
 
     Three lists of blocks, as in the original. R ResBlock, A SpatialTransformer (SD 1.x):
 
@@ -1084,7 +1086,7 @@ if STEPPING:
 # --------------------------------------------------------------------------------------------------
 # A sampler walks from noise to a picture. A network call says in which direction the noise lies;
 # the sampler decides how far to follow it before it asks again. Notebook 5 tries them out;
-# notebook 1 derives them.
+# notebook 1 derives `ddpm` and `langevin`.
 #
 # First the noise levels to stop at: `Levels`. Then a step function that goes from one to the next,
 # x_next = step(x, eps, a, a_next, ...), of which `ddim` in section 2 was the first. All take
@@ -1162,8 +1164,9 @@ def leading(steps: int, sigmas: np.ndarray) -> Levels:
 
     Careful, the last step goes to ᾱ₀ = 0.99915, not to 1 (CompVis util.py:66). With S = 1000 the
     first one would begin at t = 1000, which does not exist: it goes from 999 to 999, and changes
-    nothing. And with S = 1 the only one begins at t = 1, where the network expects hardly any
-    noise: take `trailing` for so few.
+    nothing. And where S is small, or 1000/S is far from whole, the first one begins low, at t = 1
+    for S = 1, at 801 for 5, at 600 for 600, where the network expects less noise than there is:
+    take `trailing`.
     """
     stride = len(sigmas) // steps
     timesteps = np.arange(steps)[::-1] * stride + 1
@@ -1180,8 +1183,8 @@ def leading_to_zero(steps: int, sigmas: np.ndarray) -> Levels:
 
 def trailing(steps: int, sigmas: np.ndarray) -> Levels:
     """t = 999, 749, 499, 249 for S = 4: the first step begins where there is most noise. With few
-    steps that counts: Turbo, a model that was trained to need no more than four (Sauer et al. 2023,
-    arXiv:2311.17042)."""
+    steps that counts, so Turbo takes them, a model that was trained to need no more than four
+    (Sauer et al. 2023, arXiv:2311.17042)."""
     stops = np.linspace(len(sigmas), 0, steps, endpoint=False)
     timesteps = stops.round().astype(int) - 1
     return levels_of(timesteps, sigmas[timesteps])
@@ -1241,8 +1244,8 @@ def ddpm(x: Tensor, eps: Tensor, a: float, a_next: float, *, noise: Callable, **
     x was before it. Two things tell about x′: x₀, which makes it a Gaussian around √ᾱ′ x₀, and x,
     which is a noised x′. Bayes multiplies the two (notebook 1), which gives a Gaussian again; its
     mean is a weighted sum of x₀ and x (equations 6 and 7). We don't know x₀, so we put in the
-    guess, and draw. With S = T this is nearly the paper's algorithm 2; only the ends differ
-    (`leading` goes from 999 to ᾱ₀, the paper on to ᾱ = 1).
+    guess, and draw. With S = T this is nearly the paper's algorithm 2; only the end differs
+    (`leading` stops at ᾱ₀; the paper goes on to ᾱ = 1, and adds no noise in its last step).
     """
     x0 = x0_from_eps(x, eps, a)
     beta = 1 - a / a_next
@@ -1256,9 +1259,10 @@ def plms(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step],
          look_ahead: Callable | None, **_) -> Tensor:
     """Pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778): DDIM's step, along a better ε.
 
-    ε changes on the way. Put a polynomial through its last values, at most four, and integrate it
-    over the next step: that gives the weights, up to their sum (Adams-Bashforth). The first step
-    has no past, so it looks ahead and takes the mean of ε here and there: one network call more.
+    ε changes on the way. Put a polynomial through its last values, at most four, as if they were
+    evenly spaced, and take its mean over the next step: that gives the weights, here times a
+    common factor (Adams-Bashforth). The first step has no past: it takes DDIM's step, asks the
+    network there, and goes along the mean of the two ε: one network call more.
     """
     guesses = [step.eps for step in past] + [eps]                 # the latest last
     all_weights = [[1], [-1, 3], [5, -16, 23], [-9, 37, -59, 55]]
@@ -1271,9 +1275,11 @@ def plms(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step],
 
 
 def euler(x: Tensor, eps: Tensor, a: float, a_next: float, **_) -> Tensor:
-    """Euler's method for the probability-flow equation dx̃/dσ = ε (Karras et al. 2022, algorithm 1
-    without its correction): since x̃ = x₀ + σ ε, as σ shrinks x̃ moves back along ε. The step is
-    DDIM's in other words; the levels differ."""
+    """Euler's method for dx̃/dσ = ε (Karras et al. 2022, algorithm 1 without its correction): since
+    x̃ = x₀ + σ ε, as σ shrinks x̃ moves back along ε. With the mean of ε in its place this is the
+    probability-flow equation (Song et al. 2021): no noise is added on the way, and yet at every σ
+    the x̃ are distributed as noisy pictures are. The step is DDIM's in other words; the levels
+    differ."""
     x_scaled = x / a**0.5                                         # x̃
     x_scaled = x_scaled + (sigma_of(a_next) - sigma_of(a)) * eps  # x̃′ = x̃ + (σ′ − σ) ε
     return a_next**0.5 * x_scaled
@@ -1293,9 +1299,9 @@ def euler_a(x: Tensor, eps: Tensor, a: float, a_next: float, *, noise: Callable,
 
 def dpmpp_2m(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step], **_) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): DDIM's step solves the
-    equation of `euler`, dx̃/dσ = ε, exactly if the guess of x₀ does not change on the way. So its
-    change is extrapolated from this guess and the last one, and 20 steps are enough. Time is
-    λ = −log σ, of which a step covers h.
+    equation of `euler`, dx̃/dσ = ε, exactly if the guess of x₀ does not change on the way. It
+    does, so it is extrapolated, from this guess and the last one, to the middle of the step; then
+    20 steps are enough. Time is λ = −log σ, of which a step covers h.
     """
     x0 = x0_from_eps(x, eps, a)
     if a_next == 1:
@@ -1311,10 +1317,9 @@ def dpmpp_2m(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step
 
 
 def langevin(x: Tensor, eps: Tensor, a: float, a_next: float, *, noise: Callable, **_) -> Tensor:
-    """Annealed Langevin dynamics (Song & Ermon 2019, arXiv:1907.05600, algorithm 1), the
-    first sampler that followed a learned score: climb along it towards likelier pictures, shaken by
-    fresh noise, while the noise level falls slowly enough for x to keep up. It takes many more
-    steps.
+    """Annealed Langevin dynamics (Song & Ermon 2019, arXiv:1907.05600, algorithm 1), the sampler
+    of the first score models: climb along the score towards likelier pictures, shaken by fresh
+    noise, while the noise level falls slowly enough for x to keep up. It takes many more steps.
 
     The paper has ten levels with a hundred such moves each; here every level gets one. How far a
     move goes, δ, is a fixed share of the level's variance, as there (notebook 1 has the theory:
@@ -1339,7 +1344,7 @@ def lcm(x: Tensor, eps: Tensor, a: float, a_next: float, *, t: float, noise: Cal
     into it, as much as the next level has, and ask again.
 
     What stands at the end already is its own answer: c_skip goes to 1 and c_out to 0 as t goes to
-    0. (At the timesteps in use, 19 and more, that is 1e-5 and less.)
+    0. (At the timesteps in use, 19 and more, c_skip is below 1e-5: x₀ is the network's guess.)
     """
     c_skip = 0.25 / ((10 * t) ** 2 + 0.25)
     c_out = (1 - c_skip) ** 0.5
@@ -1352,9 +1357,9 @@ def lcm(x: Tensor, eps: Tensor, a: float, a_next: float, *, t: float, noise: Cal
 class Sampler(NamedTuple):
     step: Callable[..., Tensor]
     levels: Callable[[int, np.ndarray], Levels]
-    # A walk begins with noise alone: ε itself, as if ᾱ were 0, or, where x̃ = σ ε is the custom,
-    # √(1−ᾱ) ε. That is a factor of 1 or 0.998, which no eye can see; but with the original's choice
-    # the same noise gives the original's picture
+    # A walk begins with noise alone: ε itself, as if ᾱ were 0, or, where the original begins with
+    # x̃ = σ ε, √(1−ᾱ) ε. (Euler does so, but not with `leading`.) That is a factor of 1 or 0.998,
+    # which no eye can see; but with the original's choice the same noise gives its picture
     starts_at_sigma: bool = False
 
 
@@ -1496,7 +1501,8 @@ class LatentDiffusion(nn.Module):
         [B, 6] -> [B, 2816]. Each number is written as waves, like a timestep.
 
         Careful, sizes are (original height, width, crop top, left, target height, width): height
-        first (generative-models helpers.py:191). Small originals look scaled up, crops cut off.
+        first (generative-models helpers.py:191). Told of a small original the network draws as if
+        scaled up; told of a crop, as if cut off.
         """
         waves = timestep_embedding(sizes.flatten(), 256)          # [B·6, 256]
         waves = waves.reshape(len(sizes), -1).to(pooled)          # [B, 1536]
@@ -1581,14 +1587,15 @@ class LatentDiffusion(nn.Module):
         """Makes pictures and yields every step; `decode_latents(step.x)` shows how far they are.
 
         prompt: a string, a list, or what `encode_text` gave; each is used batch_size times.
-        negative_prompt: one for all, or one per prompt; None is the empty prompt (XL: zeros). steps
-        1 to 1000, sampler (a name in SAMPLERS), guidance_scale: None takes the config's. eta 0 to
-        1: for ddim. seed: picture i draws all its noise from its own generator, seeded with seed +
-        i, on the CPU and in float32, so the noise is the same alone or in a batch and on every
-        device. width, height: multiples of the config's stride. latents [B, 4, h, w]: the noise to
-        start from, of this size. image [B or 1, 3, height, width] in [−1, 1]: start from this with
-        noise in it; strength 0 gives it back, 1 forgets it. mask, bool [1, 1, height, width]: where
-        it is False the image stays. (Section 11 makes both from pictures of any size.)
+        negative_prompt: one for all, or one per prompt; None is the empty prompt (XL: zeros); not
+        used if guidance_scale is 1. steps 1 to 1000 (lcm: to 50), sampler (a name in SAMPLERS),
+        guidance_scale: None takes the config's. eta 0 to 1: for ddim. seed: picture i draws all its
+        noise from its own generator, seeded with seed + i, on the CPU and in float32, so the noise
+        is the same alone or in a batch and on every device. width, height: multiples of the
+        config's stride. latents [B, 4, h, w]: the noise to start from, of this size. image [B or 1,
+        3, height, width] in [−1, 1]: start from this with noise in it; strength 0 gives it back as
+        the VAE draws it, 1 forgets it. mask, bool [1, 1, height, width]: where it is False the
+        image stays. (Section 11 makes both from pictures of any size.)
         """
         c = self.config
         steps = steps or c.steps
@@ -1630,8 +1637,9 @@ class LatentDiffusion(nn.Module):
               strength: float) -> tuple[Tensor, Levels, Tensor | None]:
         """Where a walk begins: (x, the levels from there on, the image's latents or None).
 
-        With an image these are the last strength · S steps, and x is the image with as much noise
-        in it as there is at the first of them (SDEdit, Meng et al. 2021, arXiv:2108.01073).
+        With an image these are the last strength · S steps, rounded down (18 of 25 at 0.75), and x
+        is the image with as much noise in it as there is at the first of them (SDEdit, Meng et al.
+        2021, arXiv:2108.01073).
         """
         levels = sampler.levels(steps, sigma_of(self.alphas_cumprod.numpy()))
         x = start
@@ -1693,21 +1701,20 @@ if STEPPING:
 # VAE's latents. Notebook 6 trains a small world from nothing in a minute or two.
 #
 # Stable Diffusion's training differs in scale: hundreds of millions of pictures with captions from
-# the web (LAION), batches of 2,048, 150,000 hours on A100 GPUs. CLIP stays frozen there. Its
-# optimizer was AdamW; ours, Muon, stands after the loop. And its VAE has two losses more, without
-# which photographs come out blurred: LPIPS, which compares what a trained network sees in the
-# picture and in its reconstruction, and a discriminator, a second network that learns to tell
+# the web (LAION), in batches of 2,048, for 150,000 hours on A100 GPUs. CLIP stays frozen there. The
+# U-Net's optimizer was AdamW; ours, Muon, stands after the loop. And the VAE has two losses more,
+# without which photographs come out blurred: LPIPS, which compares what a trained network sees in
+# the picture and in its reconstruction, and a discriminator, a second network that learns to tell
 # patches of the one from patches of the other (Esser et al. 2020, arXiv:2012.09841). Flat shapes do
 # without both.
 
 # The recipe: (1) train the VAE with `vae_loss`, put the averages of its weights in their place, and
 # freeze it; (2) set scale_factor to 1 / (standard deviation of its latents); (3) train the U-Net
 # and the text encoder on the encoded pictures with `text_to_image_loss`, and again put in the
-# averages. Both with `train` and an optimizer: full learning rates are 0.02 for Muon's matrices and
-# 0.001 for the rest, with betas of (0.9, 0.99) and no weight decay. The built-in model (section 13)
-# had batches of 16 and 128; its x₀ are random points of the clouds; and its timesteps are T · u^⅔
-# for a uniform u, so that large t come more often: there the layout is decided, which takes longest
-# to learn.
+# averages. Both with `train` and `Muon` (below): full learning rates are 0.02 for its matrices and,
+# with betas of (0.9, 0.99), 0.001 for the rest; no weight decay. The command (section 13) takes
+# batches of 16 and 128; x₀ are random points of the clouds; and timesteps are T · u^⅔ for a uniform
+# u, so that large t come more often: there the layout is decided, which takes longest to learn.
 
 def vae_loss(vae: VAE, image: Tensor, noise: Tensor, kl_weight: float = 1e-4) -> Tensor:
     """Stage 1: |x̂ − x| + (x̂ − x)² of the reconstruction x̂, and a little KL: a scalar.
@@ -1738,8 +1745,9 @@ def text_to_image_loss(ldm: LatentDiffusion, x0: Tensor, ids: Tensor, *,
 
     x0 [B, 4, h, w]: scaled latents of the pictures. ids [B, L]: their captions. dropped [B], bool:
     which captions are replaced by the empty one; each with probability 0.1 if None. So one network
-    learns to guess both with the prompt and without, which guidance needs. (Both on the CPU, where
-    the tokenizer works and chance is drawn.) t, eps, generator: see `diffusion_loss`.
+    learns to guess both with the prompt and without, which guidance needs. (ids and dropped are on
+    the CPU, where the tokenizer works and chance is drawn.) t, eps, generator: see
+    `diffusion_loss`.
     """
     if dropped is None:
         dropped = torch.rand(len(ids), generator=generator) < 0.1
@@ -1766,8 +1774,8 @@ def train(parameters: list[nn.Parameter], averages: list[Tensor], optimizer: tor
 
     averages: a copy of each parameter, which becomes its exponential moving average (EMA). Weights
     jump about with every batch; the average lies in the middle of these jumps and draws better
-    pictures. Put it in their place in the end.
-    loss_of: (step) -> the loss of that step's batch.
+    pictures. In the end the caller puts the averages in place of the weights.
+    loss_of: (step) -> the loss of that step's batch. start: where an interrupted run goes on.
     """
     for step in range(start, steps):
         for group in optimizer.param_groups:
@@ -1785,12 +1793,12 @@ def train(parameters: list[nn.Parameter], averages: list[Tensor], optimizer: tor
         yield step, loss.item()
 
 
-# Which optimizer? AdamW scales the step of each weight by itself. A layer is a matrix, though, and
+# Which optimizer? AdamW scales the step of each weight separately. A layer is a matrix, though, and
 # its gradient G = U Σ Vᵀ (its singular values in Σ) is mostly a few directions that all pictures
 # share. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) keeps U Vᵀ and drops Σ, so
 # that rare directions are learned as fast as common ones. Here that decides: after 1,500 steps of
-# stage 2 AdamW drew 9 % of the held-out captions right, and Muon 50 % (section 10; both with a
-# batch of 128).
+# stage 2 AdamW drew 9 % of the captions right whose pair of colour and shape no training picture
+# shows, and Muon 50 % (150 captions, guidance 2, both with a batch of 128).
 
 def orthogonalized(g: Tensor) -> Tensor:
     """[m, n] = U Σ Vᵀ -> about U Vᵀ, by five Newton-Schulz steps: each maps every singular value s
