@@ -866,8 +866,8 @@ if STEPPING:
 # --------------------------------------------------------------------------------------------------
 # The network that sees noisy latents and guesses the noise (or v). Going down it halves the
 # resolution, and each place sees more and more of the picture; going up it doubles it again, and
-# every block is handed what the way down knew at that resolution, a skip. (At each there are three:
-# from its two blocks and from what led to them, a Downsample or the first convolution.) Stable
+# every block is handed what the way down knew at that resolution, a skip. (Each resolution has
+# three: from two blocks, and from what led to them, a Downsample or the first convolution.) Stable
 # Diffusion 1.x:
 #
 #     latents [B, 4, 64, 64]                                     guess [B, 4, 64, 64]
