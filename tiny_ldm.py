@@ -1858,8 +1858,8 @@ if STEPPING:
 # %% Part II: the workshop
 # --------------------------------------------------------------------------------------------------
 # What makes a tool of the lesson: a world to learn, a door where all that comes from outside is
-# checked, speed, trainings that survive an interruption, and the command. It uses Part I, and wraps
-# a few of its methods.
+# checked, speed, trainings that survive an interruption, and the command. It uses Part I, and
+# derives from its LatentDiffusion.
 import argparse
 import atexit
 import contextlib
@@ -1868,6 +1868,7 @@ import ctypes
 import functools
 import glob
 import itertools
+import operator
 import os
 import random
 import re
@@ -1895,8 +1896,8 @@ COLOURS = {"red": (220, 30, 40), "orange": (255, 140, 0), "yellow": (250, 220, 4
            "green": (30, 150, 60), "blue": (30, 70, 220), "purple": (125, 40, 180),
            "black": (15, 15, 15), "white": (255, 255, 255)}
 SHAPE_NAMES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
-# From the first thing to the second: left of means that the second lies in direction +x
-RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
+# The way from the first thing to the second, x + iy: left of means that the second lies at +x
+RELATIONS = {"left of": 1, "right of": -1, "above": 1j, "below": -1j}
 COUNTS = {"two": 2, "three": 3}
 SIZES = {"small": (13, 16), "large": (21, 26)}       # radius
 LARGE_OF_THREE = (20, 22)                            # three of the largest would hardly fit
@@ -1949,7 +1950,8 @@ def caption_of(scene: Scene) -> str:
 
 
 def rephrase(caption: str, rng: random.Random) -> str:
-    """The same in free words, so that other wordings work, too."""
+    """The same in free words, so that other wordings work, too. (An empty article takes its space
+    along.)"""
     for phrase, others in SYNONYMS.items():
         if rng.random() < 0.5:
             caption = re.sub(rf"\b{phrase} ", lambda _: f"{rng.choice(others)} ".lstrip(), caption)
@@ -1977,8 +1979,7 @@ def random_scene(rng: random.Random, held_out: bool = False, kind: str | None = 
 def random_thing(rng: random.Random, colours: list[str], held_out: bool) -> Thing:
     """One that is a held-out pair, or one that is not."""
     while True:
-        choices = (colours, SHAPE_NAMES, (None, "small", "large"))
-        thing = Thing(*[rng.choice(some) for some in choices])
+        thing = Thing(rng.choice(colours), rng.choice(SHAPE_NAMES), rng.choice((None, *SIZES)))
         if is_held_out(thing) == held_out:
             return thing
 
@@ -2007,13 +2008,13 @@ def random_spot(thing: Thing, count: int, rng: random.Random) -> Spot:
 def fits(scene: Scene, spots: list[Spot]) -> bool:
     """Are the things apart, and as the relation says?"""
     for (x, y, r), (x2, y2, r2) in itertools.combinations(spots, 2):
-        if math.dist((x, y), (x2, y2)) < 1.2 * (r + r2) + 2:
+        way = complex(x2 - x, y2 - y)
+        if abs(way) < 1.2 * (r + r2) + 2:
             return False
-    if scene.relation:
-        ux, uy = RELATIONS[scene.relation]
-        dx, dy = x2 - x, y2 - y
-        # Clearly so: at least twice the distance in the other direction
-        return ux * dx + uy * dy >= 2 * abs(uy * dx + ux * dy)
+        if scene.relation:
+            way = way / RELATIONS[scene.relation]     # turned, so that it should lead to +x
+            if way.real < 2 * abs(way.imag):          # clearly so: twice as far as to the side
+                return False
     return True
 
 
@@ -2023,6 +2024,7 @@ def polygon(n: int) -> np.ndarray:
 
 
 # The outlines of unit shapes: radius about 1, not turned. Heart: x = sin³ a, 16 y = −13 cos a + ...
+# (and 0.1 higher)
 ANGLES = np.linspace(0, 2 * np.pi, 64, endpoint=False)
 HEART = 13 * np.cos(ANGLES) - 5 * np.cos(2 * ANGLES)
 HEART = HEART - 2 * np.cos(3 * ANGLES) - np.cos(4 * ANGLES)
@@ -2047,7 +2049,8 @@ def draw(scene: Scene, spots: list[Spot], size: int) -> Image.Image:
             fills.append((0.55 * r, background))
         for radius, colour in fills:
             corners = complex(x, y) + radius * OUTLINES[thing.shape]
-            corners = corners * (4 * size / 128) - (0.5 + 0.5j)
+            # (Pillow counts from the middle of the first pixel)
+            corners = corners * (size / 32) - (0.5 + 0.5j)
             pen.polygon(corners.view(float).tolist(), colour)
     return image.reduce(4)
 
@@ -2076,7 +2079,7 @@ class ShapesData:
 # %% 11. Files
 # --------------------------------------------------------------------------------------------------
 # The door. Whatever comes from outside (weights, pictures, texts, settings) is checked here, and
-# what is wrong is said in one line. Nothing else in this file checks.
+# what is wrong is said in one line. What only a training or the command takes is checked there.
 
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, with the value, and
@@ -2097,9 +2100,8 @@ def input_errors(what: str, cure: str) -> Iterator[None]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """PyTorch has no type of its own for it on a CPU."""
-    signs = "allocate memory|bad_alloc|out of memory|create a primitive"
-    said = re.search(signs, str(error)) is not None
-    return isinstance(error, MemoryError) or said and not isinstance(error, InputError)
+    signs = "MemoryError|allocate memory|bad_alloc|out of memory|create a primitive"
+    return not isinstance(error, InputError) and re.search(signs, repr(error)) is not None
 
 
 def shortened(text: str, width: int = 60) -> str:
@@ -2114,7 +2116,7 @@ def say(message: str) -> None:
 
 
 RANGES = {"steps": (1, 1000), "guidance_scale": (-1000, 1000), "eta": (0, 1), "strength": (0, 1),
-          "seed": (0, 2**62), "batch_size": (1, 65536), "count": (1, 65536),
+          "seed": (0, 2**40), "batch_size": (1, 65536), "count": (1, 65536),
           "vae_batch": (1, 65536), "unet_batch": (1, 65536), "vae_steps": (0, 10**9),
           "unet_steps": (0, 10**9)}
 
@@ -2123,7 +2125,7 @@ def check_settings(settings: dict) -> None:
     """Raises InputError for a number out of its range, or an unknown sampler."""
     for name, (low, high) in RANGES.items():
         value = settings.get(name)
-        if value is not None and not low <= value <= high:       # "not a number" isn't, either
+        if value is not None and not low <= value <= high:       # nan is in no range
             raise InputError(f"{name} must be from {low} to {high}, not {value}")
     if settings.get("sampler") == "lcm" and (settings.get("steps") or 1) > 50:
         raise InputError(f"steps must be from 1 to 50 with lcm, not {settings['steps']}")
@@ -2134,7 +2136,7 @@ def check_settings(settings: dict) -> None:
 
 def check_file(path: str | Path) -> Path:
     """The path. Raises InputError for what is no regular file (a pipe could block forever), and for
-    the two things that people have in place of the file they mean."""
+    what a download often leaves in its place: a git-LFS pointer, or a web page."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {path}; check the path")
@@ -2163,7 +2165,7 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
     """Calls write(name) with a name next to path, then renames: a file is there whole or not at
     all. Raises InputError."""
     path = Path(path)
-    # At random, since others may be writing in this folder
+    # At random, since others may be writing in this folder; cut, since names have a limit
     beside = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.part")
     try:
         with input_errors(f"{path} can't be written", "check name, room on the disk, permissions"):
@@ -2173,13 +2175,16 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def open_image(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """A picture file as `convert` makes it. Raises InputError. Not all formats that Pillow knows:
-    for some it runs other programs."""
+def open_image(image: str | Path | Image.Image,
+               convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """A picture, or the one in a file, as `convert` makes it. Raises InputError. Not all formats
+    that Pillow knows: for some it runs other programs."""
     formats = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
     PngImagePlugin.MAX_TEXT_CHUNK = 2**26             # a long text in a picture is no fault of it
-    with input_errors(f"{path} can't be read as a picture", "replace or remove it"):
-        return convert(Image.open(check_file(path), formats=formats))
+    with input_errors(f"{image} can't be read as a picture", "replace or remove it"):
+        if not isinstance(image, Image.Image):
+            image = Image.open(check_file(image), formats=formats)
+        return convert(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -2188,14 +2193,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = upright(image)
     if image.mode[0] in "IF":                 # numbers, of which Pillow would cut all above 255
         values = np.nan_to_num(np.asarray(image, float), posinf=0)
-        tops = (1, 255, 65535)                # what may be white; the least that is large enough
-        if ";" in image.mode:
-            tops = (65535,)                   # 16 bits
-        white = next((top for top in tops if values.max() <= top), values.max())
-        image = Image.fromarray((values * 255 / white).clip(0, 255).astype(np.uint8))
+        # Which is white? With 16 bits the largest there is, else the first that is large enough
+        top = 65535
+        if ";" not in image.mode:
+            top = next(top for top in (1, 255, 65535, values.max()) if values.max() <= top)
+        image = Image.fromarray((values * 255 / top).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -2218,86 +2223,80 @@ def upright(image: Image.Image) -> Image.Image:
 
 def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None = None,
                  mask: str | Path | Image.Image | Tensor | None = None, width: int | None = None,
-                 height: int | None = None, **others) -> dict:
-    """The settings of `denoise`, with an image -> [B, 3, H, W] in [−1, 1], and its mask (white:
-    repaint) -> bool [1, 1, H, W].
+                 height: int | None = None, latents: Tensor | None = None, **others) -> dict:
+    """The settings of `denoise`, checked and complete, with an image -> [B, 3, H, W] in [−1, 1],
+    and its mask (white: repaint) -> bool [1, 1, H, W].
 
     Pictures are resized and cropped to width x height, or else to the model's own area in their own
-    proportions. Tensors stay as they are. Raises InputError for sizes that are no multiples of the
-    config's stride, and for a mask that is missing or alone.
+    proportions. Tensors stay as they are. Raises InputError for a setting out of its range, for
+    sizes that are no multiples of the config's stride, and for a mask that is missing or alone.
     """
-    stride = config.stride
+    for name in ("steps", "sampler", "guidance_scale"):
+        if others.get(name) is None:
+            others[name] = getattr(config, name)
+    others["seed"] = operator.index(others.get("seed", 0))        # also one of NumPy's integers
+    check_settings(others)
     if mask is not None and image is None:
         raise InputError("a mask needs an image that it belongs to")
     if mask is None and config.unet.in_channels > config.vae.latent_channels:
         raise InputError("this model repaints: give it an image and a mask")
-    if isinstance(image, (str, Path)):
-        image = open_image(image, to_rgb)
-    if isinstance(mask, (str, Path)):
-        mask = open_image(mask, to_mask)
+    stride, side = config.stride, config.image_size
+    if latents is not None:
+        height, width = [length * config.vae_stride for length in latents.shape[2:]]
     if isinstance(image, Tensor):
         height, width = image.shape[2:]
-    size = (width, height)
+    elif image is not None:
+        image = open_image(image, to_rgb)
+        ratio = (image.width / image.height) ** 0.5
+        own = [max(stride, round(it / stride) * stride) for it in (side * ratio, side / ratio)]
+        width, height = width or own[0], height or own[1]
+    size = (width or side, height or side)
+    if size[0] % stride or size[1] % stride or not 0 < min(size) <= max(size) <= 8192:
+        raise InputError(f"width and height must be multiples of {stride} up to 8192, not "
+                         f"{size[0]} and {size[1]}")
     if isinstance(image, Image.Image):
-        image = to_rgb(image)
-        size = image.size
-        ratio = (size[0] / size[1]) ** 0.5
-        own = [round(side / stride) * stride
-               for side in (config.image_size * ratio, config.image_size / ratio)]
-        width, height = width or max(stride, own[0]), height or max(stride, own[1])
-        if size != (width, height):
-            say(f"the picture of {size[0]} x {size[1]} is used at {width} x {height}")
-        if 0 < others.get("strength", 0.75) * (others.get("steps") or config.steps) < 1:
+        if image.size != size:
+            say(f"the picture of {image.width} x {image.height} is used at {width} x {height}")
+        if 0 < others.get("strength", 0.75) * others["steps"] < 1:
             say("the strength is less than one step: the picture stays as it is")
-    for name, side in (("width", width), ("height", height)):
-        if side is not None and (side % stride or not 0 < side <= 8192):
-            below = max(stride, side // stride * stride)
-            raise InputError(f"{name} {side} is not a multiple of {stride} up to 8192; the "
-                             f"nearest: {below} or {below + stride}")
-    if isinstance(mask, Image.Image):
-        mask = ImageOps.fit(to_mask(mask).resize(size), (width, height))
-        mask = to_tensor([mask])[:, :1] > 0
+        image = to_tensor([ImageOps.fit(image, size, Image.Resampling.LANCZOS)])
+    if mask is not None and not isinstance(mask, Tensor):
+        mask = to_tensor([ImageOps.fit(open_image(mask, to_mask), size)])[:, :1] > 0
         if not mask.any():
             say("the mask repaints nothing: no pixel of it is brighter than half of white")
-    if isinstance(image, Image.Image):
-        image = to_tensor([ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)])
-    return dict(others, image=image, mask=mask, width=width, height=height)
+    return dict(others, image=image, mask=mask, width=size[0], height=size[1], latents=latents)
 
 
 def check_header(header: dict[str, str]) -> None:
     """Raises some error for a config or a tokenizer that no model can have."""
     c = Config.from_dict(json.loads(header["config"]))
-    tokenizer = json.loads(header["tokenizer"])
-    vocab = tokenizer["model"]["vocab"]
-    added = sum(token["content"] not in vocab for token in tokenizer["added_tokens"])
     c.name.encode()                       # no half letters
     texts = list(filter(None, (c.text, c.text_2)))
     for part in (c, *texts, c.vae, c.unet, c.schedule):
         for it in fields(part):
             value = getattr(part, it.name)
+            # Optional ones may be missing, and 0 is a pad_id
             if it.type == "int | None" and value in (None, 0):
                 continue
             if it.type.startswith("int") and (type(value) is not int or not 0 < value < 65536):
                 raise ValueError(f"{it.name} can't be {value!r}")
-    for text in texts:
-        good = (text.num_layers <= 100 and text.width % text.num_heads == 0
-                and text.activation in ("quick_gelu", "gelu")
-                and text.max_length == c.text.max_length
-                and max(*vocab.values(), text.pad_id or 0) + added < text.vocab_size)
-        if not good:
-            raise ValueError(f"no text encoder is like {text}, with {len(vocab) + added} tokens")
-    vector_dim = c.text_2.pooled_dim + 6 * 256 if c.text_2 else None
-    heads = c.unet.head_dim or c.unet.num_heads
-    levels = [*zip(c.unet.channel_mult, c.unet.transformer_depth), (c.unet.channel_mult[-1], 1)]
-    good = (max(c.vae.num_res_blocks, c.unet.num_res_blocks, *c.unet.transformer_depth) <= 100
-            and not any(depth and c.unet.channels * mult % heads for mult, depth in levels)
-            and c.unet.vector_dim == vector_dim
+    layers = max(c.vae.num_res_blocks, c.unet.num_res_blocks, *c.unet.transformer_depth,
+                 *[text.num_layers for text in texts])
+    if layers > 100:
+        raise ValueError(f"no network has {layers} layers in a row")
+    with torch.device("meta"):            # shapes without memory
+        ldm = LatentDiffusion.from_header(header)
+    for module in ldm.modules():
+        if isinstance(module, Attention) and module.to_q.out_features % module.num_heads:
+            raise ValueError(f"{module.num_heads} heads can't share {module.to_q.out_features}")
+    ids = ldm.tokenizer.backend.get_vocab().values()
+    good = (all(max(*ids, text.pad_id or 0) < text.vocab_size for text in texts)
+            and all(text.activation in ("quick_gelu", "gelu") for text in texts)
             and c.image_size % c.stride == 0
             and c.steps <= c.schedule.num_timesteps <= 1000
             and 1e-6 < c.schedule.beta_start <= c.schedule.beta_end < 1
             and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000
-            and c.prediction in ("eps", "v") and c.sampler in SAMPLERS
-            and {BOS, EOS} <= vocab.keys())
+            and c.prediction in ("eps", "v") and c.sampler in SAMPLERS)
     if not good:
         raise ValueError("its config or tokenizer can't be, or they do not fit each other")
 
@@ -2319,105 +2318,80 @@ def read_header(path: str | Path) -> dict[str, str]:
     return header
 
 
-# The methods of the lesson, behind the door. What they do and take is as said there, but pictures
-# may be of any kind and size, and what can't be used raises InputError.
+class LatentDiffusion(LatentDiffusion):
+    """The lesson's, behind the door. What its methods do and take is as said there, but pictures
+    may be of any kind and size, and what commonly goes wrong raises InputError."""
 
-lesson_from_header = LatentDiffusion.from_header
-lesson_load = LatentDiffusion.load
-lesson_save = LatentDiffusion.save
-lesson_decode = LatentDiffusion.decode_latents
+    @classmethod
+    def load(cls, path: str | Path | None = None, device: str | torch.device = "auto",
+             dtype: torch.dtype | None = None) -> "LatentDiffusion":
+        path = Path(BUILT_IN if path is None else path)
+        if path == BUILT_IN and not path.exists():
+            raise InputError(f"the built-in model is not at {path}; get the folder weights/ of the "
+                             "repository, or name another model")
+        nn.Module().to(dtype=dtype)              # raises for a wrong dtype, no fault of the file
+        device = pick_device(device)
+        read_header(path)
+        with input_errors(f"{path} is damaged", "get it again, or make it anew"):
+            ldm = super().load(path, device, dtype)
+        if ldm.config.text_2 and ldm.dtype == torch.float16:
+            ldm.vae.float()                      # whose numbers get too large for float16
+        if device.type != "cpu" or ldm.dtype != torch.float32:
+            # Channels innermost is faster, except on a CPU in float32, where the plain order needs
+            # no copies
+            ldm.to(memory_format=torch.channels_last)
+        return ldm
 
+    @classmethod
+    def from_header(cls, header: dict[str, str]) -> "LatentDiffusion":
+        ldm = super().from_header(header)
+        # Words beyond the vocabulary, each one token, as textual inversion makes them
+        added = json.loads(header["tokenizer"])["added_tokens"]
+        words = [token["content"] for token in added if token["content"] not in (BOS, EOS)]
+        ldm.tokenizer.backend.add_tokens(words)
+        return ldm
 
-def add_words(backend: tokenizers.Tokenizer, words: list[str]) -> None:
-    """Words beyond the vocabulary, each one token, as textual inversion makes them."""
-    backend.add_tokens([word for word in words if word not in (BOS, EOS)])
+    def save(self, path: str | Path) -> None:
+        write_whole(path, super().save)
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        image = super().decode_latents(latents)
+        if not image.isfinite().all():           # or a black picture would be drawn
+            raise InputError(f"the picture is not finite in {self.dtype}; use float32, or other "
+                             "weights")
+        return image
 
-@functools.wraps(lesson_from_header)
-def from_header(header: dict[str, str]) -> LatentDiffusion:
-    ldm = lesson_from_header(header)
-    added = json.loads(header["tokenizer"])["added_tokens"]
-    add_words(ldm.tokenizer.backend, [token["content"] for token in added])
-    return ldm
+    @functools.wraps(LatentDiffusion.denoise)
+    def denoise(self, prompt, negative_prompt=None, **settings):
+        return super().denoise(**self.checked(prompt, negative_prompt, settings))
 
+    @functools.wraps(LatentDiffusion.generate)
+    def generate(self, prompt, negative_prompt=None, **settings):
+        return super().generate(**self.checked(prompt, negative_prompt, settings))
 
-@functools.wraps(lesson_load)
-def load(path: str | Path | None = None, device: str | torch.device = "auto",
-         dtype: torch.dtype | None = None) -> LatentDiffusion:
-    path = Path(BUILT_IN if path is None else path)
-    if path == BUILT_IN and not path.exists():
-        raise InputError(f"the built-in model is not at {path}; get the folder weights/ of the "
-                         "repository, or name another model")
-    nn.Module().to(dtype=dtype)              # a wrong dtype is no fault of the file
-    device = pick_device(device)
-    read_header(path)
-    with input_errors(f"{path} is damaged", "get it again, or make it anew"):
-        ldm = lesson_load(path, device, dtype)
-    if ldm.config.text_2 and ldm.dtype == torch.float16:
-        ldm.vae.float()                      # whose numbers get too large for float16
-    if device.type != "cpu" or ldm.dtype != torch.float32:
-        # Channels innermost is faster, but on a CPU in float32, where the plain order needs no
-        # copies
-        ldm.to(memory_format=torch.channels_last)
-    return ldm
-
-
-@functools.wraps(lesson_save)
-def save(self: LatentDiffusion, path: str | Path) -> None:
-    write_whole(path, partial(lesson_save, self))
-
-
-@functools.wraps(lesson_decode)
-def decode_latents(self: LatentDiffusion, latents: Tensor) -> Tensor:
-    image = lesson_decode(self, latents)
-    if not image.isfinite().all():               # or a black picture would be drawn
-        raise InputError(f"the picture is not finite in {self.dtype}; use float32, or other "
-                         "weights")
-    return image
-
-
-def shape_of(prompts: str | list[str] | Tensor | Text | None, c: Config) -> list[int]:
-    """The shape [B, L, D] that their context has, or will have."""
-    if isinstance(prompts, (Tensor, Text)):
-        return list(getattr(prompts, "context", prompts).shape)
-    count = len(prompts) if isinstance(prompts, list) else 1          # None: the empty one
-    return [count, c.text.max_length, c.context_dim]
-
-
-def behind_the_door(lesson_method: Callable) -> Callable:
-    """denoise or generate, with pictures of any kind, and everything checked."""
-    @functools.wraps(lesson_method)
-    def method(self, prompt, negative_prompt=None, **settings):
-        settings = {name: value.item() if isinstance(value, np.generic) else value
-                    for name, value in settings.items()}
-        check_settings({**settings, "sampler": settings.get("sampler") or self.config.sampler})
-        negative = negative_prompt
-        scale = settings.get("guidance_scale")
-        scale = self.config.guidance_scale if scale is None else scale
-        if scale == 1 or negative is None and self.config.text_2:
-            negative = prompt                # none is needed, or zeros in its place
-        shape, negative_shape = [shape_of(it, self.config) for it in (prompt, negative)]
+    def checked(self, prompt: str | list[str] | Tensor | Text,
+                negative_prompt: str | list[str] | Tensor | Text | None, settings: dict) -> dict:
+        """What denoise and generate take, with its pictures fitted."""
+        settings = fit_pictures(self.config, **settings)
+        negative, width = negative_prompt, self.config.context_dim
+        if settings["guidance_scale"] == 1 or negative is None and self.config.text_2:
+            negative = prompt                    # none is needed, or zeros in its place
+        shape, negative_shape = self.shape_of(prompt), self.shape_of(negative)
         if not shape[0] or negative_shape[0] not in (1, shape[0]):
             raise InputError(f"{shape[0]} prompts and {negative_shape[0]} negative prompts: give "
                              "at least one prompt, and one negative prompt for all or one for each")
-        if shape[1:] != negative_shape[1:] or shape[2:] != [self.config.context_dim]:
+        if shape[1:] != negative_shape[1:] or shape[2:] != [width]:
             raise InputError(f"the context of the prompt is {shape} and that of the negative "
-                             f"prompt {negative_shape}; wanted: [prompts, words, "
-                             f"{self.config.context_dim}], and as many words in both")
-        if settings.get("latents") is not None:
-            sides = [side * self.config.vae_stride for side in settings["latents"].shape[2:]]
-            settings.update(height=sides[0], width=sides[1])
-        settings = fit_pictures(self.config, **settings)
-        return lesson_method(self, prompt, negative_prompt, **settings)
-    return method
+                             f"prompt {negative_shape}; wanted: [prompts, words, {width}], and as "
+                             "many words in both")
+        return dict(settings, prompt=prompt, negative_prompt=negative_prompt)
 
-
-LatentDiffusion.from_header = staticmethod(from_header)
-LatentDiffusion.load = staticmethod(load)
-LatentDiffusion.save = save
-LatentDiffusion.decode_latents = decode_latents
-LatentDiffusion.denoise = behind_the_door(LatentDiffusion.denoise)
-LatentDiffusion.generate = behind_the_door(LatentDiffusion.generate)
+    def shape_of(self, prompts: str | list[str] | Tensor | Text | None) -> list[int]:
+        """The shape [B, L, D] that their context has, or will have."""
+        if isinstance(prompts, (Tensor, Text)):
+            return list(getattr(prompts, "context", prompts).shape)
+        count = len(prompts) if isinstance(prompts, list) else 1          # None: the empty one
+        return [count, self.config.text.max_length, self.config.context_dim]
 
 
 # %% 12. Faster
@@ -2506,7 +2480,7 @@ class FolderData:
 
 
 def clean(caption: str) -> str:
-    """What a tokenizer can take: no half letters, and not more than it will ever look at."""
+    """What a tokenizer can take: no half letters, and not so much that it takes long."""
     caption.encode()
     return caption.strip()[:10_000]
 
@@ -2525,7 +2499,7 @@ class Objective(nn.Module):
         self.ldm = ldm
         self.loss_of = loss_of
         self.dtype = dtype
-        self.kernels = [SDPBackend.MATH]          # on a CPU the gradient of the other one is slow
+        self.kernels = [SDPBackend.MATH]          # on a CPU the fused kernel's gradient is slow
         if ldm.device.type != "cpu":
             self.kernels.append(SDPBackend.FLASH_ATTENTION)
 
@@ -2548,6 +2522,7 @@ class Trainer:
     checkpoint: dict              # what run it is of, and where it goes on from
 
     def __post_init__(self):
+        # second_stage uses each batch eight times
         self.encoded = functools.lru_cache(maxsize=8)(self.encoded)
 
     def generator(self, step: int) -> torch.Generator:
@@ -2573,6 +2548,14 @@ class Trainer:
         noise = torch.randn(shape, generator=self.generator(step))
         return vae_loss(self.ldm.vae, images, noise.to(images))
 
+    def measure_scale(self) -> None:
+        """Sets scale_factor so that latents have a standard deviation of 1, by the same pictures in
+        all processes."""
+        ldm = self.ldm
+        images = to_tensor([self.data.item(i)[0] for i in range(256)])
+        spread = ldm.encode_image(images).std().item()
+        ldm.config = replace(ldm.config, scale_factor=ldm.config.scale_factor / spread)
+
     def second_stage(self, batch: int, step: int) -> Tensor:
         """The loss of a step of stage 2. Encoding is costly, so every picture is used in eight
         steps, with other noise: an eighth of each batch is new."""
@@ -2587,11 +2570,10 @@ class Trainer:
     def fit(self, stage: str, loss_of: Callable[[int], Tensor], steps: int) -> None:
         """Trains what this stage trains, then puts the averages of the weights in their place."""
         ldm = self.ldm.requires_grad_(False)
-        names = [name for name, _ in ldm.named_parameters()
-                 if name.startswith("vae.") == (stage == "vae")]
-        weights = {name: ldm.get_parameter(name).requires_grad_() for name in names}
-        averaged = copy.deepcopy(ldm).requires_grad_(False)
-        averages = [averaged.get_parameter(name) for name in names]
+        averaged = copy.deepcopy(ldm)
+        weights = {name: p.requires_grad_() for name, p in ldm.named_parameters()
+                   if name.startswith("vae.") == (stage == "vae")}
+        averages = [averaged.get_parameter(name) for name in weights]
         optimizer = make_optimizer(weights)
         start = 0
         if self.checkpoint.get("stage") == stage:
@@ -2631,12 +2613,12 @@ def make_optimizer(weights: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         is_inside = p.ndim > 1 and min(p.shape[:2]) > 9 and not name.endswith("embedding.weight")
         (inside if is_inside else rest).append(p)
     groups = [dict(params=inside, lr=0.02, muon=True), dict(params=rest, lr=1e-3, muon=False)]
-    return Muon([group for group in groups if group["params"]], betas=(0.9, 0.99), weight_decay=0)
+    return Muon(groups, betas=(0.9, 0.99), weight_decay=0)
 
 
 def read_checkpoint(out: Path, run: list[str], force: bool) -> dict:
-    """The checkpoint of a run; where there is none, only what run it is. Raises InputError, also
-    for a model that is finished, but with force."""
+    """The checkpoint of a run; where there is none, only what run it is. Raises InputError; also
+    where there is a model but no checkpoint, unless force is given."""
     path = Path(f"{out}.checkpoint")
     if not path.exists():
         if out.exists() and not force:
@@ -2659,11 +2641,16 @@ def new_model(config: Config, captions: list[str]) -> LatentDiffusion:
     text = config.text
     tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
     text = replace(text, vocab_size=tokenizer.backend.get_vocab_size())
-    return LatentDiffusion(replace(config, text=text), tokenizer)
+    with torch.device("meta"):            # only for its header
+        header = [LatentDiffusion(replace(config, text=text), tokenizer).header()]
+    if WORLD > 1:                         # the same pieces for all: which they are may be chance
+        torch.distributed.broadcast_object_list(header)
+    return LatentDiffusion.from_header(header[0])
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes what a killed run had half written. (A long name may be the beginning of another.)"""
+    """Removes what a killed run had half written. (Not of a name so long that write_whole cuts it,
+    which may begin as another run's does.)"""
     if len(out.name) < 30:
         for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
             leftover.unlink(missing_ok=True)
@@ -2673,7 +2660,7 @@ def join_processes() -> None:
     """Lets the processes that torchrun started find each other."""
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()
-        # However training ends: one of its threads that outlives Python aborts the process
+        # However training ends: a thread of the group that outlived Python would abort the process
         atexit.register(torch.distributed.destroy_process_group)
 
 
@@ -2690,9 +2677,11 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     out = Path(out)
     check_settings(locals())
     check_output(out, ".safetensors")
+    if dtype == torch.float16:
+        raise InputError("in float16 gradients are too small to train with; use bfloat16")
     if vae_batch % WORLD or unet_batch % WORLD:
         raise InputError(f"choose batches that {WORLD} processes can share evenly")
-    start = os.path.realpath(weights) if weights else "nothing"
+    start = "nothing" if weights is None else os.path.realpath(weights)
     run = [source if source == "shapes" else os.path.realpath(source), start, str(seed)]
     checkpoint = read_checkpoint(out, run, force)
     remove_leftovers(out)
@@ -2711,15 +2700,13 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     if source != "shapes":
         data = FolderData(Path(source), config.image_size, seed)
     ldm = ldm or new_model(config, data.captions())
-    name = os.path.basename(os.path.abspath(source)).encode(errors="replace").decode()
-    ldm.config = replace(ldm.config, name=name)
+    ldm.config = replace(ldm.config, name=shortened(os.path.basename(os.path.abspath(source))))
     ldm.eval().to(device, memory_format=torch.channels_last)
 
     trainer = Trainer(ldm, data, out, seed, dtype, save_minutes, checkpoint)
     if weights is None and checkpoint.get("stage") != "unet":
         trainer.fit("vae", partial(trainer.first_stage, vae_batch // WORLD), vae_steps)
-        mean, _ = ldm.vae.encode(trainer.pictures(0, 256)[0])
-        ldm.config = replace(ldm.config, scale_factor=1 / mean.std().item())
+        trainer.measure_scale()
     trainer.fit("unet", partial(trainer.second_stage, unet_batch // WORLD), unet_steps)
     if RANK == 0:
         ldm.half().save(out)
@@ -2735,7 +2722,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="tiny_ldm.py", allow_abbrev=False,
                             description="Makes a picture of a prompt, or trains a model.")
     add = parser.add_argument
@@ -2744,8 +2731,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--weights", help="another model than the built-in one; with --train, where to start")
     add("--device", default="auto", help="cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-        help="training in float16 does not work: gradients are too small for it")
-    add("--seed", type=int, default=0)
+        help="precision of the networks (float16: not for training)")
+    add("--seed", type=int, default=0, help="another one gives another picture, or training")
     add = parser.add_argument_group("pictures (what is not given is the model's own)").add_argument
     add("-n", "--count", type=int, default=1, help="how many, with seeds SEED, SEED + 1, ...")
     add("--steps", type=int, help="1 to 1000")
@@ -2753,8 +2740,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--guidance-scale", type=float, help="how much the prompt counts")
     add("--eta", type=float, default=0.0, help="fresh noise in ddim, 0 to 1")
     add("--negative-prompt", help="what to steer away from")
-    add("--width", type=int)
-    add("--height", type=int)
+    add("--width", type=int, help="in pixels")
+    add("--height", type=int, help="in pixels")
     add("--image", help="a picture to begin with")
     add("--strength", type=float, default=0.75, help="how far from it, 0 to 1")
     add("--mask", help="repaint only where this picture is white")
@@ -2770,15 +2757,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def parameters_text(args: argparse.Namespace, seed: int, picture: Image.Image, model: str) -> str:
+def parameters_text(args: argparse.Namespace, settings: dict, model: str) -> str:
     """The settings in the form that viewers of this field read from a PNG's text chunk
     `parameters`: the prompt, "Negative prompt: ...", and a line of "Name: value" pairs."""
     text = " ".join(args.prompt.split())
     if args.negative_prompt:
         text += f"\nNegative prompt: {' '.join(args.negative_prompt.split())}"
-    return (f"{text}\nSteps: {args.steps}, Sampler: {args.sampler}, "
-            f"CFG scale: {args.guidance_scale}, Seed: {seed}, "
-            f"Size: {picture.width}x{picture.height}, Model: {model}")
+    line = ("Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance_scale}, Seed: {seed}, "
+            "Size: {width}x{height}, Model: ")
+    return f"{text}\n{line.format_map(settings)}{model}"
 
 
 def picture_paths(args: argparse.Namespace) -> list[Path]:
@@ -2789,8 +2776,8 @@ def picture_paths(args: argparse.Namespace) -> list[Path]:
     paths = [path]
     if args.count > 1 or not args.output:
         paths = [path.with_name(f"{path.stem}-{args.seed + i}.png") for i in range(args.count)]
-    named = filter(None, (*paths, args.film, args.image, args.mask))
-    names = [os.path.realpath(name) for name in named]
+    files = (*paths, args.film, args.image, args.mask)
+    names = [os.path.realpath(file) for file in files if file]
     if len(set(names)) < len(names):
         raise InputError("-o, --film, --image and --mask must be different files")
     return paths
@@ -2798,8 +2785,10 @@ def picture_paths(args: argparse.Namespace) -> list[Path]:
 
 def free_name(path: Path) -> Path:
     """The first of x.png, x_2.png, x_3.png ... that does not exist."""
-    numbered = (path.with_name(f"{path.stem}_{i}.png") for i in itertools.count(2))
-    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
+    name, numbers = path, itertools.count(2)
+    while os.path.lexists(name):
+        name = path.with_name(f"{path.stem}_{next(numbers)}.png")
+    return name
 
 
 def make_pictures(args: argparse.Namespace) -> None:
@@ -2814,10 +2803,7 @@ def make_pictures(args: argparse.Namespace) -> None:
     paths = picture_paths(args)
     check_output(paths[0], ".png")
     check_output(args.film or paths[0], ".png", ".gif")
-    ldm = LatentDiffusion.load(args.weights, args.device, getattr(torch, args.dtype))
-    for name in ("steps", "sampler", "guidance_scale"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(ldm.config, name))
+    ldm = LatentDiffusion.load(args.weights, args.device, args.dtype)
     names = ("steps", "sampler", "guidance_scale", "eta", "strength", "image", "mask", "width",
              "height")
     settings = fit_pictures(ldm.config, **{name: getattr(args, name) for name in names})
@@ -2825,20 +2811,19 @@ def make_pictures(args: argparse.Namespace) -> None:
     if args.compile:
         compile_networks(ldm)
     films = []
-    for seed, path in enumerate(paths, args.seed):
+    for settings["seed"], path in enumerate(paths, args.seed):
         guesses = []
-        picture, = ldm.generate(
-            args.prompt, args.negative_prompt, seed=seed, **settings,
-            on_step=lambda step: guesses.append(step.x0))
+        picture, = ldm.generate(args.prompt, args.negative_prompt, **settings,
+                                on_step=lambda step: guesses.append(step.x0))
         if not args.output:                    # only now: another command may be at work here, too
             path = free_name(path)
         info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", parameters_text(args, seed, picture, ldm.config.name))
+        info.add_text("parameters", parameters_text(args, settings, ldm.config.name))
         write_whole(path, partial(picture.save, format="PNG", pnginfo=info))
         print(path, flush=True)
         if args.film:                          # ten of the steps, from first to last
             shown = [guesses[round(i * (len(guesses) - 1) / 9)] for i in range(10)]
-            films.append(to_pil(ldm.decode_latents(torch.cat(shown))))
+            films.append([to_pil(ldm.decode_latents(x0))[0] for x0 in shown])
     if args.film:
         write_whole(args.film, partial(save_film, films, args.film.lower().endswith(".gif")))
         print(args.film)
@@ -2868,26 +2853,26 @@ def say_what_is_lost(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
             "other pictures get Stable Diffusion (see README.md)")
 
 
-def run(argv: list[str]) -> None:
-    """What the arguments ask for. Raises InputError."""
+def run(argv: list[str] | None) -> None:
+    """What the arguments ask for; None: the command line's. Raises InputError."""
     args = parse_args(argv)
+    args.dtype = getattr(torch, args.dtype)
     if not args.train:
         make_pictures(args)
     elif not args.output:
         raise InputError("--train needs -o FILE.safetensors, where the model goes")
     else:
-        args.dtype = getattr(torch, args.dtype)
         settings = {name: value for name, value in vars(args).items()
                     if name in train_model.__kwdefaults__}
         train_model(args.train, args.output, **settings)
 
 
-def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = run) -> int:
+def main(argv: list[str] | None = None, command: Callable = run) -> int:
     """Runs a command and returns its exit code: 2, and one line on stderr, for bad input."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")       # one line is enough
-            command(sys.argv[1:] if argv is None else argv)
+            command(argv)
         print(end="", flush=True)      # a full disk, or a reader that is gone, shows itself now
         return 0
     except KeyboardInterrupt:
@@ -2904,7 +2889,7 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], None] = r
         return 2
 
 
-def console(command: Callable[[list[str]], None] = run) -> None:
+def console(command: Callable = run) -> None:
     """main as a program, also where stdout and stderr are closed or know few letters."""
     for ending in (signal.SIGINT, signal.SIGTERM):                # nothing half-written stays then
         signal.signal(ending, signal.default_int_handler)

@@ -40,9 +40,8 @@ from tqdm import tqdm
 import tiny_ldm
 from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, SDXL, SDXL_INPAINT,
                       ArgumentParser, Config, InputError, LatentDiffusion, ScheduleConfig,
-                      TextConfig, add_words, check_file, check_header, check_output,
-                      clip_backend, input_errors, make_alphas_cumprod, read_header, say,
-                      write_whole)
+                      TextConfig, check_file, check_header, check_output, clip_backend,
+                      input_errors, make_alphas_cumprod, read_header, say, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -328,7 +327,9 @@ class Reader(pickle.Unpickler):
         if any(entry.compress_type for entry in archive.infolist()):
             raise ValueError("it is compressed")          # torch never does; a zip bomb is
         self.entries = {entry.filename: entry for entry in archive.infolist()}
-        name = next(name for name in self.entries if name.endswith("data.pkl"))
+        name = next((name for name in self.entries if name.endswith("data.pkl")), None)
+        if name is None:
+            raise ValueError("it is a zip, but none that torch wrote")
         self.folder = name.removesuffix("data.pkl")
         with open(path, "rb") as file:
             self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -505,8 +506,10 @@ def snapshot_in(folder: Path) -> Path:
     if not snapshots:
         return folder
     main = folder / "refs" / "main"
-    if main.is_file() and (folder / "snapshots" / main.read_text().strip()).is_dir():
-        return folder / "snapshots" / main.read_text().strip()
+    if main.is_file():
+        named = folder / "snapshots" / main.read_text(errors="replace").strip()
+        if named in snapshots:
+            return named
     return max(snapshots, key=lambda path: path.stat().st_mtime)
 
 
@@ -572,7 +575,7 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
 def with_added(backend: tokenizers.Tokenizer, added: dict[str, int]) -> tokenizers.Tokenizer:
     """With words that were added to the vocabulary, as textual inversion does. Raises ValueError if
     their numbers do not follow the others'."""
-    add_words(backend, sorted(added, key=added.get))
+    backend.add_tokens(sorted(added.keys() - {BOS, EOS}, key=added.get))
     for word, number in added.items():
         if backend.token_to_id(word) != number:
             raise ValueError(f"the added token {word} can't have the number {number}")
@@ -639,18 +642,18 @@ def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
             raise ValueError(f"it lacks {theirs}")
         return tensors[theirs].shape
 
-    def text_of(part: str, like: TextConfig) -> TextConfig:
+    def text_of(part: str, usual: TextConfig) -> TextConfig:
         vocab_size, width = shape(f"{part}.token_embedding")
         ours = name_map(base)[f"{part}.layers.0.norm1.weight"]
         first = ours.official if official else ours.diffusers
         any_layer = re.sub(r"(layers|resblocks)\\.0", r"\1\\.\\d+", re.escape(first))
         layers = [name for name in tensors if re.fullmatch(any_layer, name)]
-        like = replace(like, vocab_size=vocab_size, width=width, num_layers=len(layers),
-                       max_length=shape(f"{part}.position_embedding")[0],
-                       num_heads=max(1, width // 64))
-        if like.pooled_dim:
-            like = replace(like, pooled_dim=width)
-        return like
+        found = replace(usual, vocab_size=vocab_size, width=width, num_layers=len(layers),
+                        max_length=shape(f"{part}.position_embedding")[0],
+                        num_heads=max(1, width // 64))
+        if found.pooled_dim:
+            found = replace(found, pooled_dim=width)
+        return found
 
     base = SD1
     linear = tensors.get("unet.down_blocks.0.attentions.0.proj_in.weight")
@@ -673,7 +676,7 @@ def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
     if text_2:
         text_2 = text_of("text_encoder_2", text_2)
         vector_dim = shape("unet.vector_embedding.0")[1]
-    return like(base, conv_in[0], vae_conv_in[0], text, text_2, vector_dim)
+    return resized(base, conv_in[0], vae_conv_in[0], text, text_2, vector_dim)
 
 
 def family(c: Config) -> Config:
@@ -683,8 +686,9 @@ def family(c: Config) -> Config:
     return SD2 if c.text.activation == "gelu" else SD1
 
 
-def like(base: Config, unet_channels: int, vae_channels: int, text: TextConfig,
-         text_2: TextConfig | None, vector_dim: int | None) -> Config:
+def resized(base: Config, unet_channels: int, vae_channels: int, text: TextConfig,
+            text_2: TextConfig | None, vector_dim: int | None) -> Config:
+    """The same with these widths."""
     unet = replace(base.unet, channels=unet_channels, vector_dim=vector_dim)
     return replace(base, text=text, text_2=text_2, unet=unet,
                    vae=replace(base.vae, channels=vae_channels))
@@ -1030,7 +1034,7 @@ def as_trained(config: Config, source: str, path: Path, tensors: dict[str, Tenso
             why = "its scheduler/ says so"
     if prediction:
         config, why = replace(config, prediction=prediction), "--prediction says so"
-    if config.prediction == "v" and config.text.activation == "gelu":
+    if config.prediction == "v" and config.name == SD2.name:
         config = replace(config, name=SD2_V.name, image_size=SD2_V.image_size)
     what = known or f"{config.name}, {where}"
     say(f"{source} is {what}; it predicts {config.prediction} ({why})")
@@ -1093,8 +1097,8 @@ def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
     InputError."""
     c = Config.from_dict(json.loads(read_header(source)["config"]))
     base = family(c)
-    usual = like(replace(base, unet=replace(base.unet, in_channels=c.unet.in_channels)),
-                 c.unet.channels, c.vae.channels, c.text, c.text_2, c.unet.vector_dim)
+    usual = resized(replace(base, unet=replace(base.unet, in_channels=c.unet.in_channels)),
+                    c.unet.channels, c.vae.channels, c.text, c.text_2, c.unet.vector_dim)
     others = [name for name in ("vae", "unet", "scale_factor", "schedule")
               if getattr(c, name) != getattr(usual, name)]
     if others:
@@ -1114,7 +1118,7 @@ def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
 # %% 7. Command line
 # --------------------------------------------------------------------------------------------------
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str] | None) -> None:
     """What the arguments ask for. Raises InputError."""
     parser = ArgumentParser(prog="weights_convert.py", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1135,15 +1139,19 @@ def run(argv: list[str]) -> None:
     name = path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
     address = HUB_ID.fullmatch(args.source)
     if address and not path.exists():
-        name = os.path.basename(address["file"] or address["repository"])
+        name = os.path.basename(address["repository"])
+        if address["file"]:
+            name = Path(address["file"]).stem
     out = args.output or Path(f"{name}.{args.to}.safetensors")
     if out.exists() and not (args.force and out.is_file()):     # a folder or device never is
         raise InputError(f"{out} exists already; choose another name with -o, or replace a file "
                          "with --force")
     check_output(out, "")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    if args.to == "official" and args.lora:
-        raise InputError("--lora changes what is converted to tiny_ldm; leave out --to official")
+    for name in ("lora", "tokenizer", "prediction", "ema"):
+        if args.to == "official" and getattr(args, name):
+            raise InputError(f"--{name} changes what is converted to tiny_ldm; leave out "
+                             "--to official")
     if args.to == "official":
         to_official(args.source, out, dtype)
     else:

@@ -180,11 +180,11 @@ def judge(image: Image.Image, caption: str) -> str:
     if len(found) != len(scene.things):
         return f"there are {len(found)} things"
     if scene.relation:                          # it says which of the two is the first
-        ux, uy = RELATIONS[scene.relation]
-        a, b = sorted(found, key=lambda thing: ux * thing.x + uy * thing.y)
-        along = ux * (b.x - a.x) + uy * (b.y - a.y)
-        across = uy * (b.x - a.x) + ux * (b.y - a.y)
-        if along <= abs(across):
+        # Turned so that the first is to the left of the second
+        turned = {thing: complex(thing.x, thing.y) / RELATIONS[scene.relation] for thing in found}
+        a, b = sorted(found, key=lambda thing: turned[thing].real)
+        way = turned[b] - turned[a]
+        if way.real <= abs(way.imag):
             return f"nothing is clearly {scene.relation}"
         found = [a, b]
     wrong = [wrong_with(thing, f) for thing, f in zip(scene.things, found)]

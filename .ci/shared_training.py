@@ -1,5 +1,5 @@
 """One process of a small training on FOLDER/f, alone or with others under torchrun. Writes the
-model as FOLDER/NAME.safetensors, and as FOLDER/NAME.RANK the losses and the last weights:
+model as FOLDER/NAME.safetensors, and as FOLDER/NAME.RANK the losses, the last weights and header:
 
     python .ci/shared_training.py FOLDER NAME
 """
@@ -33,4 +33,6 @@ if __name__ == "__main__":
     tiny_ldm.new_model, tiny_ldm.train = new_model, train
     small_training(f"{folder}/f", f"{folder}/{name}.safetensors", vae_steps=60, unet_steps=60,
                    vae_batch=8, unet_batch=32)
-    torch.save((losses, models[0].half().state_dict()), f"{folder}/{name}.{tiny_ldm.RANK}")
+    last = models[0].half()
+    torch.save((losses, {"header": last.header(), **last.state_dict()}),
+               f"{folder}/{name}.{tiny_ldm.RANK}")
