@@ -84,26 +84,48 @@ OFFICIAL_RES_BLOCK = [
     (".norm1.", ".in_layers.0."), (".conv1.", ".in_layers.2."), (".emb_proj.", ".emb_layers.1."),
     (".norm2.", ".out_layers.0."), (".conv2.", ".out_layers.3."), (".skip.", ".skip_connection.")]
 
-# diffusers' names of blocks are in `diffusers_blocks`; these are of the layers in them and around
+# diffusers counts blocks level by level and by kind (see `in_its_level`), we count them through.
+# The first of these are in no level
 DIFFUSERS = [
+    ("unet.down_blocks.0.0.", "unet.conv_in."), ("unet.norm_out", "unet.conv_norm_out"),
+    ("unet.mid_block.0.", "unet.mid_block.resnets.0."),
+    ("unet.mid_block.1.", "unet.mid_block.attentions.0."),
+    ("unet.mid_block.2.", "unet.mid_block.resnets.1."),
+    ("vae.encoder.0.", "vae.encoder.conv_in."), ("vae.decoder.0.", "vae.decoder.conv_in."),
+    ("vae.encoder.12.", "vae.encoder.mid_block.resnets.0."),
+    ("vae.encoder.13.", "vae.encoder.mid_block.attentions.0."),
+    ("vae.encoder.14.", "vae.encoder.mid_block.resnets.1."),
+    ("vae.decoder.1.", "vae.decoder.mid_block.resnets.0."),
+    ("vae.decoder.2.", "vae.decoder.mid_block.attentions.0."),
+    ("vae.decoder.3.", "vae.decoder.mid_block.resnets.1."),
+    ("encoder.15.", "encoder.conv_norm_out."), ("encoder.17.", "encoder.conv_out."),
+    ("decoder.19.", "decoder.conv_norm_out."), ("decoder.21.", "decoder.conv_out."),
     ("time_embedding.0", "time_embedding.linear_1"),
     ("time_embedding.2", "time_embedding.linear_2"),
     ("vector_embedding.0", "add_embedding.linear_1"),
-    ("vector_embedding.2", "add_embedding.linear_2"), ("unet.norm_out", "unet.conv_norm_out"),
+    ("vector_embedding.2", "add_embedding.linear_2"),
     (".emb_proj.", ".time_emb_proj."), (".skip.", ".conv_shortcut."),
     ("coder.mid_block.attentions.0.norm.", "coder.mid_block.attentions.0.group_norm."),
     (".attention.", ".")]
-# CompVis' VAE is so much like diffusers' that the way is shorter from there
+# CompVis' VAE is so much like diffusers' that the way is shorter from there. Careful, also on the
+# way up level 0 is the one of the largest pictures
 OFFICIAL_VAE = [
+    ("up_blocks.0.", "up.3."), ("up_blocks.1.", "up.2."), ("up_blocks.2.", "up.1."),
+    ("up_blocks.3.", "up.0."),
     ("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2."),
     ("mid_block.attentions.0.", "mid.attn_1."), (".group_norm.", ".norm."), (".to_q.", ".q."),
-    (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."), ("_blocks.", "."),
+    (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."), ("down_blocks.", "down."),
     (".resnets.", ".block."), ("samplers.0.", "sample."), ("conv_norm_out", "norm_out"),
     (".conv_shortcut.", ".nin_shortcut.")]
 
-# In official files these are 1x1 convolutions, [o, i, 1, 1]; in ours they are linear, [o, i]. (The
-# first ones only in 1.x)
+# In official files these are 1x1 convolutions (the first ones only in 1.x), in ours they are linear
 CONVOLUTIONS = re.compile(r"(unet.*\.\d\.proj_(in|out)|vae.*\.attention\.to_\w+)\.weight")
+# diffusers' names for the levels and for what ends each, the number of our first block in them, and
+# how many blocks each has
+LEVELS = {"unet.down_blocks": ("unet.down_blocks", "downsamplers.0", 1, 3),
+          "unet.up_blocks": ("unet.up_blocks", "upsamplers.0", 0, 3),
+          "vae.encoder": ("vae.encoder.down_blocks", "downsamplers.0", 1, 3),
+          "vae.decoder": ("vae.decoder.up_blocks", "upsamplers.0", 4, 4)}
 
 
 def renamed(name: str, *tables: list[tuple[str, str]]) -> str:
@@ -113,62 +135,38 @@ def renamed(name: str, *tables: list[tuple[str, str]]) -> str:
     return name
 
 
-@functools.cache
-def diffusers_blocks(c: Config) -> dict[str, str]:
-    """Our blocks, which are counted through -> diffusers', counted level by level and by kind."""
-    middle = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
-    blocks = {f"unet.mid_block.{i}": f"unet.{name}" for i, name in enumerate(middle)}
-    blocks["unet.down_blocks.0.0"] = "unet.conv_in"
-    per_level = c.unet.num_res_blocks + 1
-    for level, depth in enumerate(reversed(c.unet.transformer_depth)):
-        for i in range(per_level):
-            down, up = level * per_level + i + 1, level * per_level + i
-            blocks[f"unet.down_blocks.{down}.0"] = f"unet.down_blocks.{level}.resnets.{i}"
-            blocks[f"unet.down_blocks.{down}.1"] = f"unet.down_blocks.{level}.attentions.{i}"
-            blocks[f"unet.up_blocks.{up}.0"] = f"unet.up_blocks.{level}.resnets.{i}"
-            blocks[f"unet.up_blocks.{up}.1"] = f"unet.up_blocks.{level}.attentions.{i}"
-        # A Downsample is a block of its own, an Upsample the last layer of one
-        blocks[f"unet.down_blocks.{down}.0"] = f"unet.down_blocks.{level}.downsamplers.0"
-        blocks[f"unet.up_blocks.{up}.{1 + (depth > 0)}"] = f"unet.up_blocks.{level}.upsamplers.0"
-
-    encoder, decoder = ["conv_in"], ["conv_in", *middle]
-    for level in range(len(c.vae.channel_mult)):
-        encoder += [f"down_blocks.{level}.resnets.{i}" for i in range(c.vae.num_res_blocks)]
-        encoder.append(f"down_blocks.{level}.downsamplers.0")
-        decoder += [f"up_blocks.{level}.resnets.{i}" for i in range(c.vae.num_res_blocks + 1)]
-        decoder.append(f"up_blocks.{level}.upsamplers.0")
-    ends = ["conv_norm_out", "SiLU", "conv_out"]
-    encoder[-1:] = middle + ends                  # the last level is not halved or doubled
-    decoder[-1:] = ends
-    blocks.update({f"vae.encoder.{i}": f"vae.encoder.{name}" for i, name in enumerate(encoder)})
-    blocks.update({f"vae.decoder.{i}": f"vae.decoder.{name}" for i, name in enumerate(decoder)})
-    return blocks
+def in_its_level(found: re.Match) -> str:
+    """The beginning of a name, blocks counted through -> counted level by level and by kind."""
+    side, block, layer, child = found.groups()
+    levels, sampler, first, per_level = LEVELS[side]
+    level, i = divmod(int(block) - first, per_level)
+    kind = f"attentions.{i}" if layer == "1" else f"resnets.{i}"
+    if child == "conv":                           # of a Downsample or Upsample
+        kind = sampler
+    return f"{levels}.{level}.{kind}.{child}"
 
 
-def diffusers_name(name: str, c: Config) -> str:
+def diffusers_name(name: str) -> str:
     """Our name of a tensor -> part and name in a diffusers folder."""
     if name.startswith("text_encoder"):
         return renamed(name, TEXT_ENCODER)
-    if found := re.match(r"(unet|vae)\.\w+(\.\d+)+", name):
-        name = name.replace(found[0], diffusers_blocks(c).get(found[0], found[0]), 1)
-    return renamed(name, DIFFUSERS, TRANSFORMER)
+    name = renamed(name, DIFFUSERS, TRANSFORMER)
+    return re.sub(rf"^({'|'.join(LEVELS)})\.(\d+)\.(?:(\d)\.)?(\w+)", in_its_level, name)
 
 
 def official_name(name: str, c: Config) -> str:
     """Our name of a tensor -> the name in official files."""
-    if name.startswith("text_encoder_2."):
-        return renamed(name, OPEN_CLIP).replace("text_encoder_2", XL_TEXT_2)
-    if name.startswith("text_encoder.") and c.text.activation == "gelu":
-        return renamed(name, OPEN_CLIP).replace("text_encoder", OPEN_TEXT)
-    if name.startswith("text_encoder."):
-        return renamed(name, TEXT_ENCODER).replace("text_encoder", XL_TEXT if c.text_2 else TEXT)
-    if name.startswith("vae."):
-        name = diffusers_name(name, c)
-        if found := re.search(r"up_blocks\.(\d)", name):
-            # Careful, on the way up, too, level 0 is the one of the largest pictures
-            level = len(c.vae.channel_mult) - 1 - int(found[1])
-            name = name.replace(found[0], f"up_blocks.{level}")
-        return renamed(name, OFFICIAL_VAE).replace("vae", VAE)
+    texts = {"text_encoder": (TEXT_ENCODER, TEXT), "text_encoder_2": (OPEN_CLIP, XL_TEXT_2)}
+    if c.text_2:
+        texts["text_encoder"] = TEXT_ENCODER, XL_TEXT
+    elif c.text.activation == "gelu":
+        texts["text_encoder"] = OPEN_CLIP, OPEN_TEXT
+    part = name.partition(".")[0]
+    if part in texts:
+        table, theirs = texts[part]
+        return renamed(name, table).replace(part, theirs)
+    if part == "vae":
+        return renamed(diffusers_name(name), OFFICIAL_VAE).replace("vae", VAE)
     in_transformer = ".blocks." in name           # where norm1 and norm2 keep their names
     name = renamed(name, OFFICIAL_UNET, TRANSFORMER)
     if not in_transformer:
@@ -202,8 +200,7 @@ def name_map(c: Config) -> dict[str, Entry]:
             third = "qkv".index(re.search(r"\.to_([qkv])\.", name)[1])
             official_shape = (3 * shape[0], *shape[1:])
         turned = official.endswith(".text_projection")
-        entries[name] = Entry(shape, official, official_shape, diffusers_name(name, c), third,
-                              turned)
+        entries[name] = Entry(shape, official, official_shape, diffusers_name(name), third, turned)
     return entries
 
 
