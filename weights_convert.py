@@ -550,45 +550,34 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
         if (source / "tokenizer.json").exists():
             source = source / "tokenizer.json"
         if (source / "vocab.json").exists():
-            vocab = json.loads(check_file(source / "vocab.json").read_text("utf-8"))
-            lines = check_file(source / "merges.txt").read_text("utf-8").splitlines()
-            if lines[0].startswith("#version"):
-                lines = lines[1:]
-            return with_added(clip_backend(vocab, pairs(lines)), added)
-        if source.suffix == ".json":
+            files = [str(check_file(source / name)) for name in ("vocab.json", "merges.txt")]
+            vocab, merges = tokenizers.models.BPE.read_file(*files)
+        elif source.suffix == ".json":
             # Only its tables: the rules of a stranger's file could take forever
             found = json.loads(check_file(source).read_text("utf-8"))
-            tables = found["model"]
-            added.update({token["content"]: token["id"]
-                          for token in found.get("added_tokens", [])})
-            return with_added(clip_backend(tables["vocab"], pairs(tables["merges"])), added)
-        opener = gzip.open if source.suffix == ".gz" else open
-        with opener(check_file(source), "rb") as file:
-            text = file.read(2**24).decode()      # the true one has 3 MB
-        merges = pairs(text.split("\n")[1 : 48894 + 1])
-        return clip_backend(openai_vocab(merges), merges)
-
-
-def with_added(backend: tokenizers.Tokenizer, added: dict[str, int]) -> tokenizers.Tokenizer:
-    """With words that were added to the vocabulary, as textual inversion does. Raises ValueError if
-    their numbers do not follow the others'."""
-    backend.add_tokens(sorted(added.keys() - {BOS, EOS}, key=added.get))
-    for word, number in added.items():
-        if backend.token_to_id(word) != number:
-            raise ValueError(f"the added token {word} can't have the number {number}")
-    return backend
-
-
-def pairs(merges: list[str | list[str]]) -> list[list[str]]:
-    """["a b", ...], or pairs already as in newer files -> [["a", "b"], ...]."""
-    return [pair.split() if isinstance(pair, str) else pair for pair in merges if pair]
+            vocab, merges = found["model"]["vocab"], found["model"]["merges"]
+            if isinstance(merges[0], str):            # older files
+                merges = [pair.split() for pair in merges]
+            for token in found.get("added_tokens", []):
+                added[token["content"]] = token["id"]
+        else:
+            opener = gzip.open if source.suffix == ".gz" else open
+            with opener(check_file(source), "rb") as file:
+                text = file.read(2**24).decode()      # the true one has 3 MB
+            merges = [line.split() for line in text.split("\n")[1 : 48894 + 1]]
+            vocab = openai_vocab(merges)
+        backend = clip_backend(vocab, merges)
+        backend.add_tokens(sorted(added.keys() - {BOS, EOS}, key=added.get))
+        for word, number in added.items():            # they must follow the others'
+            if backend.token_to_id(word) != number:
+                raise ValueError(f"the added token {word} can't have the number {number}")
+        return backend
 
 
 def openai_vocab(merges: list[list[str]]) -> dict[str, int]:
-    """OpenAI's order: the 256 bytes, each written as a letter (first those that are printable, then
-    the others, shifted by 256), the same at the end of a word, the merges, the two marks."""
-    printable = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) not in " \xa0"]
-    letters = printable + [chr(256 + i) for i in range(256 - len(printable))]
+    """OpenAI's order: the 256 bytes, each written as a letter (first those that are printable), the
+    same at the end of a word, the merges, the two marks."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     endings = [letter + "</w>" for letter in letters]
     merged = ["".join(pair) for pair in merges]
     pieces = [*letters, *endings, *merged, BOS, EOS]
