@@ -18,6 +18,7 @@ import functools
 import gzip
 import hashlib
 import json
+import math
 import mmap
 import os
 import pickle
@@ -842,8 +843,9 @@ def is_zero(t: Tensor) -> bool:
 # matrices: W + scale · (alpha / rank) · up @ down. Programs spell the layers' names in many ways;
 # one way of ours stands for all: diffusers' name, or the official one, with _ for every dot.
 
-LORA_TENSOR = re.compile(r"(?P<layer>.+?)([._]lora(_linear_layer)?[._](?P<kind>down|up|A|B)"
-                         r"(\.default)?\.weight|(_lora)?\.(?P<alpha>alpha))")
+LORA_TENSOR = re.compile(r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._]"
+                         r"(?:(?P<down>down|A)|(?P<up>up|B))(?:\.default)?\.weight"
+                         r"|(?:_lora)?\.(?P<alpha>alpha))")
 LORA_SPELLINGS = [(r"\.processor\b", ""), (r"\.", "_"), (r"^base_model_model_|^lora_", ""),
                   (r"^te1?_", "text_encoder_"), (r"^te2_", "text_encoder_2_"),
                   (r"^(text_encoder(_2)?)_text_model_", r"\1_"),
@@ -852,20 +854,8 @@ LORA_SPELLINGS = [(r"\.processor\b", ""), (r"\.", "_"), (r"^base_model_model_|^l
 OTHER_KINDS = {"LoHa": "hada_w", "LoKr": "lokr_w", "DoRA": r"dora_scale|lora_magnitude_vector"}
 
 
-class Change(NamedTuple):
-    """What a LoRA adds to one weight."""
-    factor: float
-    up: Tensor                    # [out, rank], of a convolution [out, rank, 1, 1]
-    down: Tensor                  # [rank, in], of a convolution [rank, in, k, k]
-
-    def added_to(self, t: Tensor) -> Tensor:
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return t.float() + self.factor * product.reshape(t.shape)
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        rank, inputs = self.down.flatten(1).shape
-        up = self.up.flatten(1).shape
-        return (*up, inputs) == (shape[0], rank, torch.Size(shape[1:]).numel())
+# What a LoRA adds to a weight: a factor, up [out, rank], and down [rank, in]
+Change = tuple[float, Tensor, Tensor]
 
 
 def lora_name(layer: str) -> str:
@@ -876,8 +866,7 @@ def lora_name(layer: str) -> str:
 
 
 def lora_factor(settings: dict, layer: str, rank: int) -> float:
-    """alpha / rank where no tensor says it: in the file's header newer diffusers keep peft's
-    settings, and else it is 1."""
+    """alpha / rank where no tensor says it: by peft's settings in the file's header, or 1."""
     part = re.match(r"text_encoder(_2)?|unet|vae", layer)[0]
     alpha = settings.get(f"{part}.lora_alpha", rank)
     for pattern, value in (settings.get(f"{part}.alpha_pattern") or {}).items():
@@ -886,54 +875,57 @@ def lora_factor(settings: dict, layer: str, rank: int) -> float:
     return alpha / (rank**0.5 if settings.get(f"{part}.use_rslora") else rank)
 
 
-def read_lora(given: str, c: Config) -> dict[str, Change]:
-    """FILE or FILE:SCALE -> what it adds to our weights, by name. Raises InputError."""
-    path, scale = Path(given), 1.0
-    if not path.exists() and ":" in given:
-        path, _, number = given.rpartition(":")
-        path = Path(path)
-        with input_errors(f"--lora {given}: {number} is no scale", "write FILE or FILE:0.8"):
-            scale = float(number)
-            if not abs(scale) <= 1000:
-                raise ValueError("from -1000 to 1000")
-    tensors = read_tensors(path)
+def lora_tensors(path: Path, c: Config) -> dict[str, dict[str, Tensor]]:
+    """A LoRA's tensors, by our name of the weight and by kind: up, down, alpha."""
+    tensors, found, others, layers = read_tensors(path), {}, [], {}
     for kind, mark in OTHER_KINDS.items():
         if any(re.search(mark, name) for name in tensors):
             raise InputError(f"{path} is a {kind}; only plain LoRAs can be added")
-    layers = {}
     for ours, e in name_map(c).items():
         for name in (e.diffusers, e.official.replace(UNET, "unet")):
             layers[lora_name(name.removesuffix(".weight"))] = ours
-    found, others = {}, []
     for name, t in tensors.items():
         parts = LORA_TENSOR.fullmatch(name)
         ours = parts and layers.get(lora_name(parts["layer"]))
         if not ours:
             others.append(name)
             continue
-        kind = {"A": "down", "B": "up"}.get(parts["kind"], parts["kind"] or "alpha")
-        if kind in found.setdefault(ours, {}):
+        if parts.lastgroup in found.setdefault(ours, {}):
             raise InputError(f"{path} changes a layer twice, by two names ({name}); get it again")
-        found[ours][kind] = t
+        found[ours][parts.lastgroup] = t
     if others or not found:
         raise InputError(f"{path} can't be added to {c.name}: {len(others)} of its {len(tensors)} "
                          f"tensors are of no layer there ({', '.join(others[:2])}); get one that "
                          "was made for this model")
-    changes = {}
+    return found
+
+
+def read_lora(given: str, c: Config) -> dict[str, Change]:
+    """FILE or FILE:SCALE -> what it adds to our weights, by name. Raises InputError."""
+    path, scale, changes = Path(given), 1.0, {}
+    if not path.exists() and ":" in given:
+        name, _, number = given.rpartition(":")
+        path = Path(name)
+        with input_errors(f"--lora {given}: {number} is no scale", "write FILE or FILE:0.8"):
+            scale = float(number)
+            if not abs(scale) <= 1000:
+                raise ValueError("from -1000 to 1000")
+    found = lora_tensors(path, c)
     with input_errors(f"{path} is damaged", "get it again"):
         settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
         for ours, parts in found.items():
-            up, down, entry = parts["up"], parts["down"], name_map(c)[ours]
+            entry = name_map(c)[ours]
             layer = lora_name(entry.diffusers.removesuffix(".weight"))
-            if "alpha" in parts:
-                factor = parts["alpha"].item() / len(down)
-            else:
-                factor = lora_factor(settings, layer, len(down))
-            changes[ours] = Change(scale * factor, up, down)
-            if not changes[ours].fits(entry.shape):
+            up, down = parts["up"].flatten(1), parts["down"].flatten(1)
+            rank, inputs = down.shape
+            if up.shape != (entry.shape[0], rank) or inputs != math.prod(entry.shape[1:]):
                 raise InputError(f"{path} is for another model: it changes {layer} by "
                                  f"{list(up.shape)} @ {list(down.shape)}, which here is "
                                  f"{list(entry.shape)}")
+            factor = lora_factor(settings, layer, rank)
+            if "alpha" in parts:
+                factor = parts["alpha"].item() / rank
+            changes[ours] = scale * factor, up, down
     say(f"adding {path}, of {len(changes)} layers, at scale {scale:g}")
     return changes
 
@@ -983,9 +975,8 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
             file.write(len(head).to_bytes(8, "little") + head)
             for name, (parts, shape) in tqdm(rows.items(), "converting", unit="tensor"):
                 t = parts[0] if len(parts) == 1 else torch.cat(parts)
-                for lora in changes:
-                    if name in lora:
-                        t = lora[name].added_to(t)
+                for factor, up, down in [lora[name] for lora in changes if name in lora]:
+                    t = t.float() + factor * (up.float() @ down.float()).reshape(t.shape)
                 t = t.to(dtype or parts[0].dtype).reshape(shape).contiguous()
                 if not t.isfinite().all():
                     raise InputError(f"{name} holds values that are not finite in {t.dtype}; get "
