@@ -12,7 +12,6 @@ All hold the same numbers under other names, and a few renames lead from ours to
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import functools
 import gzip
@@ -451,27 +450,29 @@ def part_files(part: str) -> list[str]:
         stem, old_stem = f"{part}/model", f"{part}/pytorch_model"
     names = []
     for variant in ("", ".fp32", ".bf16", ".fp16", ".non_ema"):
-        names += [f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json",
-                  f"{old_stem}{variant}.bin", f"{old_stem}.bin.index{variant}.json"]
+        names += [f"{stem}{variant}.safetensors", f"{old_stem}{variant}.bin"]
     return names
 
 
-def best_files(source: str | Path, there: list[str]) -> dict[str, str]:
-    """Each part's file, of those that are there. Raises InputError."""
-    best = {}
-    parts = ["unet", "vae", "text_encoder"]
+def best_files(source: str | Path, there: list[str]) -> dict[str, list[str]]:
+    """Each part's file, or its shards, of those that are there. Raises InputError."""
+    best, parts = {}, ["unet", "vae", "text_encoder"]
     if any(name.startswith("text_encoder_2/") for name in there):
         parts.append("text_encoder_2")
-        if not any(name.startswith("text_encoder/") for name in there):
-            raise InputError(f"{source} is the refiner of Stable Diffusion XL, no model by itself")
+    shards = {}                   # a file's name -> itself, or the files that it is cut into
+    for file in sorted(there):
+        shards.setdefault(re.sub(r"-\d+-of-\d+\.", ".", file), []).append(file)
     for part in parts:
-        found = [name for name in part_files(part) if name in there]
+        names = part_files(part)
+        found = [name for name in names if name in shards]
+        if not found and part == "text_encoder" and "text_encoder_2" in parts:
+            raise InputError(f"{source} is the refiner of Stable Diffusion XL, no model by itself")
         if not found:
             files = ", ".join(name for name in sorted(there) if "." in name)
-            raise InputError(f"{source} lacks {part_files(part)[0]}, so it is no diffusers folder; "
-                             f"pass a folder, or one file (there: {files[:200] or 'nothing'})")
-        best[part] = found[0]
-        if found[0] != part_files(part)[0]:
+            raise InputError(f"{source} lacks {names[0]}, so it is no diffusers folder; pass a "
+                             f"folder, or one file (there: {files[:200] or 'nothing'})")
+        best[part] = shards[found[0]]
+        if found[0] != names[0]:
             say(f"of {part} taking {found[0]}")
     return best
 
@@ -481,17 +482,11 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     # The VAE's attention had other names before diffusers 0.15
     former = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
               (".proj_attn.", ".to_out.0.")]
-    there = [file.relative_to(folder).as_posix() for file in folder.glob("*")]
-    there += [file.relative_to(folder).as_posix() for file in folder.glob("*/*")]
-    tensors = {}
-    for part, file in best_files(folder, there).items():
-        names = {Path(file).name}
-        if file.endswith(".json"):                # a table of contents: which tensor is where
-            with input_errors(f"{folder / file} is damaged", "get it again"):
-                text = check_file(folder / file).read_text("utf-8")
-                names = {Path(name).name for name in json.loads(text)["weight_map"].values()}
-        for shard in sorted(names):
-            for name, t in read_tensors(folder / part / shard).items():
+    files = [*folder.glob("*"), *folder.glob("*/*")]
+    tensors, there = {}, [file.relative_to(folder).as_posix() for file in files]
+    for part, names in best_files(folder, there).items():
+        for file in names:
+            for name, t in read_tensors(folder / file).items():
                 name = renamed(name.removeprefix("text_model."), former)
                 tensors[f"{part}.{name}"] = t
     return tensors
@@ -512,8 +507,7 @@ def snapshot_in(folder: Path) -> Path:
 
 
 def download(address: re.Match) -> Path:
-    """A hub repository as a diffusers folder, or a file of one, in huggingface_hub's cache; without
-    a network what is there already. Raises InputError."""
+    """A hub repository as a diffusers folder, or a file of one. Raises InputError."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     repository, revision, file = address.group("repository", "revision", "file")
     with input_errors(f"{repository} can't be had from the hub",
@@ -522,16 +516,11 @@ def download(address: re.Match) -> Path:
             return Path(hf_hub_download(repository, file, revision=revision))
         try:
             there = HfApi().list_repo_files(repository, revision=revision)
-        except Exception as error:                # no network, no such repository, ...
-            with contextlib.suppress(Exception):
-                return Path(snapshot_download(repository, revision=revision, local_files_only=True,
-                                              allow_patterns=[]))
-            raise error
-        best = best_files(repository, there)
-        wanted = [name for name in best.values() if not name.endswith(".json")]
-        wanted += [f"{Path(name).parent}/*{Path(name).suffixes[0]}" for name in best.values()
-                   if name.endswith(".json")]
-        wanted += ["*.json", "tokenizer/*"]
+        except Exception:             # without a network this gives what is in the cache
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=[]))
+        wanted = ["*.json", "tokenizer/*"]
+        for files in best_files(repository, there).values():
+            wanted += files
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
 
 
