@@ -1038,6 +1038,10 @@ def test_what_a_folder_says_is_followed_or_refused(folder, official, tmp_path, r
     found_scale = found("vae", scaling_factor=0.13, act_fn="silu")
     assert found_scale == replace(NARROW, scale_factor=0.13)
     assert "its scale_factor is 0.13" in capsys.readouterr().err
+    assert found("scheduler", timestep_spacing="trailing") == NARROW          # alone no Turbo
+    turbo = found("scheduler", timestep_spacing="trailing",
+                  _class_name="EulerAncestralDiscreteScheduler")
+    assert (turbo.sampler, turbo.steps) == ("euler_a_trailing", 1)
     for part, key, value in (("scheduler", "prediction_type", "sample"),
                              ("scheduler", "rescale_betas_zero_snr", True),
                              ("scheduler", "beta_schedule", "linear"),
@@ -1052,12 +1056,11 @@ def test_what_a_folder_says_is_followed_or_refused(folder, official, tmp_path, r
         refuses(folder, "scheduler_config.json")
 
 
-def test_a_known_file_is_named_by_size_and_hash(official, tmp_path, monkeypatch, capsys):
+def test_a_known_file_is_named_by_its_hash(official, tmp_path, monkeypatch, capsys):
     source = official / "plain.ckpt"
     assert convert(source, tmp_path / "a.safetensors", official) == 0
     assert "in a file that is not on record" in last_line(capsys)
-    size, digest = source.stat().st_size, hashlib.sha256(source.read_bytes()).hexdigest()
-    monkeypatch.setattr(weights_convert, "KNOWN_SIZES", [(size, size)])
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
     monkeypatch.setitem(weights_convert.KNOWN, digest, "sd-v1-0.ckpt")
     assert convert(source, tmp_path / "b.safetensors", official) == 0
     assert last_line(capsys).endswith("plain.ckpt is sd-v1-0.ckpt; it predicts eps (as is known)")
@@ -1133,10 +1136,10 @@ def test_the_schedule_in_a_lone_file_is_followed_or_refused(plain, official, tmp
     zero[-1] = 1
     for changes, message in (
             (tables(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
-             "has linear betas, from 0.00010 to 0.02000"),
+             "has betas of another kind, from 0.00010 to 0.02000"),
             (tables(torch.logspace(-3, -2, 1000).double()), "has betas of another kind"),
             (dict(betas=torch.ones(500), alphas_cumprod=torch.ones(500)), "has 500 timesteps"),
-            (tables(zero), "has a zero terminal"),
+            (tables(zero), "of another kind, from 0.00085 to 1.00000"),
             ({"ztsnr": torch.zeros(0)}, "has a zero terminal")):
         refuses({**plain, **changes}, message)
     # In 16 bits it is recognised, and CompVis' own scale of the latents is followed
@@ -1155,14 +1158,15 @@ def test_which_of_two_unets_is_taken(plain, official, tmp_path, refuses, capsys)
             ({**plain, **ema}, ["--ema"], True, "taking the averaged U-Net"),
             ({**plain, **ema}, ["--no-ema"], False, "taking the plain one"),
             ({**rest, **ema}, [], True, "taking the averaged U-Net"),
-            ({**plain, **part}, [], False, "is not whole (50 of 686")):
+            ({**plain, **part}, [], False, "holds 50 of the 686 tensors of an averaged")):
         config_from(tensors, tmp_path, official, *more)
         assert said in capsys.readouterr().err
         taken = load_file(tmp_path / "o.safetensors")["unet.conv_out.bias"]
         assert torch.equal(taken, plain[BIAS] + is_averaged)
-    refuses(plain, "holds no averaged U-Net", "--ema")
+    refuses(plain, "holds 0 of the 686 tensors of an averaged U-Net; leave out --ema", "--ema")
     refuses({**rest, **ema}, "holds the averaged U-Net alone", "--no-ema")
-    refuses({**rest, **part}, "is not whole")
+    refuses(rest, "it lacks model.diffusion_model", "--no-ema")
+    refuses({**rest, **part}, "holds 50 of the 686 tensors of an averaged U-Net")
 
 
 # Good files are not refused, whatever else is in them and whatever they are called.
@@ -1314,8 +1318,8 @@ def ending_in_zeros(share: int, data: bytes) -> bytes:
     ("plain.ckpt", lambda data: data[:100000], "is neither a whole .safetensors nor a whole .ckpt"),
     ("plain.safetensors", lambda data: data[:100000], "is neither a whole .safetensors nor a"),
     ("plain.safetensors", lambda data: b"", "nor a whole .ckpt (a zip, as torch writes it since 1"),
-    ("plain.safetensors", partial(ending_in_zeros, 4), "hold nothing but zeros"),
-    ("plain.safetensors", partial(ending_in_zeros, 50), "hold nothing but zeros"),
+    ("plain.safetensors", partial(ending_in_zeros, 4), "holds nothing but zeros"),
+    ("plain.safetensors", partial(ending_in_zeros, 50), "holds nothing but zeros"),
     ("plain.ckpt", lambda data: data.replace(b"state_dict", b"\xff\xff\xffte_dict", 1), "damaged")])
 def test_damaged_files_are_named(source, damage, message, official, tmp_path, refuses):
     (tmp_path / source).write_bytes(damage((official / source).read_bytes()))
@@ -1356,7 +1360,8 @@ def test_folders_of_other_models_are_named(tmp_path, refuses):
     (["--to", "official", "plain.safetensors"], "plain.safetensors is an official checkpoint"),
     (["--to", "official", "plain.ckpt"], "plain.ckpt is damaged or no .safetensors file"),
     (["--to", "official", str(tiny_ldm.BUILT_IN)],
-     "is not built like Stable Diffusion (other: vae, unet, scale_factor)"),
+     "is not built like Stable Diffusion (ValueError: other: vae, unet, scale_factor)"),
+    (["--to", "official", "any", "--no-ema"], "--ema changes what is converted"),
     (["--to", "official", "any", "--prediction", "v"], "--prediction changes what is converted")])
 def test_bad_arguments_are_one_line_and_exit_code_2(args, message, official, monkeypatch, capsys):
     monkeypatch.chdir(official)
@@ -1373,7 +1378,7 @@ def test_an_output_is_replaced_only_with_force_and_where_there_is_room(official,
     assert convert(source, out, official) == 2 and "exists already" in last_line(capsys)
     os.mkfifo(tmp_path / "pipe")                  # nor is what only looks like a file, ever
     assert convert(source, tmp_path / "pipe", official, "--force") == 2
-    assert (tmp_path / "pipe").is_fifo() and "exists already" in last_line(capsys)
+    assert (tmp_path / "pipe").is_fifo() and "a folder or a device" in last_line(capsys)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
         assert convert(source, out, official, "--force") == 2

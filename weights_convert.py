@@ -38,10 +38,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tiny_ldm
-from tiny_ldm import (BOS, EOS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, SDXL, SDXL_INPAINT,
-                      ArgumentParser, Config, InputError, LatentDiffusion, ScheduleConfig,
-                      TextConfig, check_file, check_header, check_output, clip_backend,
-                      input_errors, make_alphas_cumprod, read_header, say, write_whole)
+from tiny_ldm import (BOS, EOS, SD1, SD2, SD2_V, SDXL, ArgumentParser, Config, InputError,
+                      LatentDiffusion, ScheduleConfig, TextConfig, check_file, check_header,
+                      check_output, clip_backend, for_inpainting, input_errors,
+                      make_alphas_cumprod, read_header, say, write_whole)
 
 # %% 1. The map
 # --------------------------------------------------------------------------------------------------
@@ -204,13 +204,6 @@ def name_map(c: Config) -> dict[str, Entry]:
     return entries
 
 
-def ours_of(t: Tensor, e: Entry) -> Tensor:
-    """Our tensor, out of the official one."""
-    if e.third is not None:
-        t = t.chunk(3)[e.third]
-    return t.T if e.turned else t
-
-
 # %% 2. Reading
 # --------------------------------------------------------------------------------------------------
 # A checkpoint is mapped into memory, not read: its tensors are touched one by one, when written.
@@ -241,37 +234,29 @@ e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff sd_xl_base_1.0_
 e869ac7d6942cb327d68d5ed83a40447aadf20e0c3358d98b2cc9e270db0da26 sd_xl_turbo_1.0_fp16.safetensors
 9730e344ed7098b31e435c9df23be162b95385a764ba36f491316af2925546f4 sd_xl_turbo_1.0.safetensors
 """.strip().splitlines())
-KNOWN_SIZES = [(4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000),
-               (5_214_000_000, 5_215_000_000), (6_938_000_000, 6_939_000_000),
-               (13_875_000_000, 13_876_000_000)]
 
 # The networks, by either layout's names. What else a file holds is not theirs and is ignored:
 # tables of the schedule, counters, losses, a safety checker, what trainings leave behind
 NETWORKS = re.compile(rf"({UNET}|{TEXT}|{OPEN_TEXT}|{XL_TEXT}|{XL_TEXT_2}|unet|vae|text_encoder"
                       rf"|text_encoder_2|{VAE}\.(encoder|decoder|quant_conv|post_quant_conv))\.")
-# In them these are not used: the numbers 0 to 76, and CLIP's last layer, which compares texts with
-# pictures
-UNUSED = re.compile(r".*\.(position_ids|logit_scale|attn_mask|text_projection(\.weight)?)")
-# What official files have besides: the schedule, which is compared with ours, and the second U-Net
-TABLES = re.compile(r"betas|\w*alphas_cumprod\w*|posterior_\w+|model_ema\..*|denoiser\.sigmas"
-                    r"|scale_factor|v_pred|ztsnr")
+# What is used nowhere: the numbers 0 to 76; CLIP's last layer, which compares texts with pictures;
+# the tables of the schedule, which are compared with ours; the second U-Net
+UNUSED = re.compile(r".*\.(position_ids|logit_scale|attn_mask|text_projection(\.weight)?)"
+                    r"|betas|\w*alphas_cumprod\w*|posterior_\w+|denoiser\.sigmas|scale_factor"
+                    r"|model_ema\..*|v_pred")
 # An address or the name of a hub repository, and perhaps of a file in it
 HUB_ID = re.compile(r"((https?://)?(www\.)?(huggingface\.co|hf\.co)/)?"
                     r"(?P<repository>[\w.-]+/[\w.-]+)"
                     r"(/(tree|blob|resolve)/(?P<revision>[^/?]+)/?(?P<file>[^?]*))?/?([?#].*)?")
 
 
-def recognised(path: Path) -> str | None:
-    """The name of an official file, by size and sha256; None for any other."""
-    size = path.stat().st_size
-    if not any(low <= size <= high for low, high in KNOWN_SIZES):
-        return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as file, tqdm(None, "sha256", size, unit="B", unit_scale=True) as bar:
+def recognised(path: Path) -> str:
+    """The name of an official file, by its sha256; "" for any other."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as raw, tqdm.wrapattr(raw, "read", size, desc="sha256") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-            bar.update(len(block))
-    return KNOWN.get(digest.hexdigest())
+    return KNOWN.get(digest.hexdigest(), "")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -296,69 +281,57 @@ def read_metadata(path: Path) -> dict[str, str]:
 class Inert:
     """Stands in for any class: takes whatever a pickle gives it and does nothing."""
 
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
     def __init__(self, *args, **kwargs):
         pass
 
-    __setstate__ = __setitem__ = append = extend = add = __init__
+    __setstate__ = __setitem__ = append = extend = add = as_strided = __init__
 
 
 # All of them are harmless then, but whoever asks for one of these means harm
 HARMFUL = re.compile(r"(os|posix|nt|sys|subprocess|shutil|socket|importlib|runpy|pty|ctypes"
                      r"|webbrowser)\..*|(builtins|__builtin__)\.(eval|exec|execfile|compile|open"
                      r"|setattr|__import__|apply|input|breakpoint)")
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
-            "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-            "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-            "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 
 
 class Reader(pickle.Unpickler):
     """Reads the pickle in a zip that torch wrote. A pickle is a program, which calls what it names;
-    here it can name tensors and dicts, and gets an Inert for all else."""
+    here it can name what is in MADE, and gets an Inert for all else."""
 
     def __init__(self, path: Path):
         archive = zipfile.ZipFile(path)
+        self.entries = {entry.filename: entry for entry in archive.infolist()}
         if any(entry.compress_type for entry in archive.infolist()):
             raise ValueError("it is compressed")          # torch never does; a zip bomb is
-        self.entries = {entry.filename: entry for entry in archive.infolist()}
         name = next((name for name in self.entries if name.endswith("data.pkl")), None)
         if name is None:
             raise ValueError("it is a zip, but none that torch wrote")
-        self.folder = name.removesuffix("data.pkl")
+        self.path, self.folder = path, name.removesuffix("data.pkl")
         with open(path, "rb") as file:
             self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.path = path
         super().__init__(archive.open(name))
 
     def find_class(self, module: str, name: str) -> object:
-        full_name = f"{module}.{name}"
-        if HARMFUL.fullmatch(full_name):
-            raise InputError(f"{self.path} asks for {full_name}, which no checkpoint needs; "
-                             "refused, and nothing in it has run; get it from a source you trust")
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        return MADE.get(full_name, Inert)
+        name = f"{module}.{name}"
+        if HARMFUL.fullmatch(name):
+            raise InputError(f"{self.path} asks for {name}, which no checkpoint needs; refused, "
+                             "and nothing in it has run; get it from a source you trust")
+        return MADE.get(name, Inert)
 
-    def persistent_load(self, pid: tuple) -> Tensor:
+    def persistent_load(self, pid: tuple) -> Tensor | Inert:
         _, dtype, key, _, count = pid                     # "storage", dtype, name, device, length
         if dtype is Inert:                                # of a kind that no network has
             return Inert()
         if not count:
             return torch.zeros(0, dtype=dtype)
-        entry = self.entries[f"{self.folder}data/{key}"]
         # A zip has a header before each entry, too: 30 bytes, the name, and padding
-        lengths = self.mapped[entry.header_offset + 26 : entry.header_offset + 30]
-        start = entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))
-        if count * dtype.itemsize > entry.file_size:
-            raise ValueError(f"{entry.filename} is too short")
-        return torch.frombuffer(self.mapped, dtype=dtype, count=count, offset=start)
+        header = self.entries[f"{self.folder}data/{key}"].header_offset
+        lengths = struct.unpack("<HH", self.mapped[header + 26 : header + 30])
+        return torch.frombuffer(self.mapped, dtype=dtype, count=count,
+                                offset=header + 30 + sum(lengths))
 
 
-def a_tensor(storage: Tensor, offset: int, shape: tuple, stride: tuple, *_) -> Tensor:
-    return storage if type(storage) is Inert else storage.as_strided(shape, stride, offset)
+def a_tensor(storage: Tensor | Inert, offset: int, shape: tuple, stride: tuple, *_) -> Tensor:
+    return storage.as_strided(shape, stride, offset)
 
 
 def a_parameter(data: Tensor, *_) -> Tensor:
@@ -370,10 +343,13 @@ def with_attributes(make: Callable, _, args: tuple, __) -> object:
 
 
 # What the pickle of a checkpoint needs
-MADE = {"collections.OrderedDict": OrderedDict, "torch._utils._rebuild_tensor": a_tensor,
-        "torch._utils._rebuild_tensor_v2": a_tensor, "torch._utils._rebuild_parameter": a_parameter,
+MADE = {"collections.OrderedDict": OrderedDict, "torch._utils._rebuild_tensor_v2": a_tensor,
+        "torch._utils._rebuild_parameter": a_parameter,
         "torch._tensor._rebuild_from_type_v2": with_attributes,
-        "builtins.getattr": lambda *_: Inert, "__builtin__.getattr": lambda *_: Inert}
+        "builtins.getattr": lambda *_: Inert, "__builtin__.getattr": lambda *_: Inert,
+        "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
+        "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16,
+        "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32}
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -384,17 +360,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if "string_to_param" in found:
         raise InputError(f"{path} is a textual inversion, which adds a word to a checkpoint and is "
                          "none")
-    places = [key for key in ("state_dict", "model", "module", "ema")
-              if isinstance(found.get(key), dict)]
-    if places:
-        found = found[places[0]]
+    places = [found.get(key) for key in ("state_dict", "model", "module", "ema")]
+    table = next((place for place in places if isinstance(place, dict)), found)
     # detach: a pickle may hang anything on a tensor, also in place of its methods
-    return {str(name): Tensor.detach(t) for name, t in found.items() if isinstance(t, Tensor)}
+    return {str(name): Tensor.detach(t) for name, t in table.items() if isinstance(t, Tensor)}
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
-    """A single file's tensors by their official names. Some programs that save fine-tunes spell
-    those of the text encoder and of the VAE's attention otherwise."""
+    """A single file's tensors by their official names, which some programs spell otherwise."""
     spellings = [("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
                  ("cond_stage_model.transformer.", f"{TEXT}."),
                  ("conditioner.embedders.0.model.", f"{OPEN_TEXT}."),     # SD-Turbo
@@ -411,36 +384,29 @@ def read_official(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def choose_unet(tensors: dict[str, Tensor], ema: bool | None, known: str | None) -> None:
+def choose_unet(tensors: dict[str, Tensor], ema: bool | None, known: str) -> None:
     """A file may hold two U-Nets: as trained, and the average of its weights (EMA). In the files on
     record the average is the released model; in others it is often that of the model before. Puts
     the one to take in the place of the first. Raises InputError."""
-    averages = {}
-    for _, official, *_ in name_map(SD1).values():
-        if official.startswith(UNET):     # model.diffusion_model.out.2.bias has its average in
-            ending = official.removeprefix("model.").replace(".", "")
-            averages[official] = f"model_ema.{ending}"        # model_ema.diffusion_modelout2bias
-    there = [name for name in averages.values() if name in tensors]
-    plain = any(name in tensors for name in averages)
+    unet = [e.official for e in name_map(SD1).values() if e.official.startswith(UNET)]
+    # model.diffusion_model.out.2.bias has its average in model_ema.diffusion_modelout2bias
+    averages = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in unet}
+    there = sum(average in tensors for average in averages.values())
+    plain = any(name in tensors for name in unet)
+    if not there and not ema:
+        return
     if ema is False and not plain:
         raise InputError("the file holds the averaged U-Net alone; leave out --no-ema")
-    if not there:
-        if ema:
-            raise InputError("the file holds no averaged U-Net; leave out --ema")
-        return
-    whole = len(there) == len(averages)
-    if not whole and (ema or not plain):
-        raise InputError(f"the averaged U-Net is not whole ({len(there)} of {len(averages)} "
-                         "tensors); leave out --ema, or get the file again")
-    wanted = known is not None if ema is None else ema
-    if whole and (wanted or not plain):
-        say("taking the averaged U-Net (EMA)" + (", not the plain one (--no-ema)" if plain else ""))
-        tensors.update({official: tensors[average] for official, average in averages.items()})
-    elif whole:
-        say("the file holds two U-Nets; taking the plain one, not the averaged one (--ema)")
+    if there < len(averages):
+        count = f"the file holds {there} of the {len(averages)} tensors of an averaged U-Net"
+        if ema or not plain:
+            raise InputError(f"{count}; leave out --ema, or get the file again")
+        say(f"{count}; taking the plain one")
+    elif ema or not plain or (known and ema is None):
+        say("taking the averaged U-Net (EMA)")
+        tensors.update({name: tensors[average] for name, average in averages.items()})
     else:
-        say(f"the averaged U-Net is not whole ({len(there)} of {len(averages)} tensors); taking "
-            "the plain one")
+        say("the file holds two U-Nets; taking the plain one, not the averaged one (--ema)")
 
 
 def part_files(part: str) -> list[str]:
@@ -493,8 +459,8 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def snapshot_in(folder: Path) -> Path:
-    """A folder of the hub's cache (models--owner--name) -> the folder in it that its main branch
-    stands at, or the latest; any other -> itself."""
+    """A folder of the hub's cache (models--owner--name) -> its main branch in it, or else the
+    latest; any other -> itself."""
     snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
     if not snapshots:
         return folder
@@ -503,7 +469,17 @@ def snapshot_in(folder: Path) -> Path:
         named = folder / "snapshots" / main.read_text(errors="replace").strip()
         if named in snapshots:
             return named
-    return max(snapshots, key=lambda path: path.stat().st_mtime)
+    return max(snapshots, key=os.path.getmtime)
+
+
+def on_the_hub(source: str) -> re.Match | None:
+    """The parts of an address or a name on the hub; None for what is here, or looks like a file."""
+    address = HUB_ID.fullmatch(source)
+    if Path(source).exists():
+        return None
+    if address and not address["file"] and source.endswith((".ckpt", ".safetensors")):
+        return None
+    return address
 
 
 def download(address: re.Match) -> Path:
@@ -594,12 +570,12 @@ def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
     marks = {"Stable Diffusion 3": r"\bjoint_blocks\.", "Flux": r"\bdouble_blocks\.",
              "CosXL, whose schedule is another": r"^edm_vpred\.sigma_max$",
              "Playground, whose schedule is another": r"^edm_mean$",
+             "a model whose schedule has a zero terminal signal-to-noise ratio": r"^ztsnr$",
              "a distilled model that takes the guidance scale as an input":
                  r"\btime_embed(ding)?\.cond_proj\."}
     if f"{OPEN_TEXT}.token_embedding.weight" in tensors:
         marks["the refiner of Stable Diffusion XL, no model by itself"] = rf"^{UNET}\.label_emb\."
-    if not any(name.endswith("token_embedding.weight") and NETWORKS.match(name)
-               for name in tensors):
+    if not any(name.endswith("token_embedding.weight") for name in tensors):
         marks["a LoRA, which changes a checkpoint and is none"] = r"lora_|\.lora\."
         marks["a textual inversion, which adds a word to a checkpoint and is none"] = "^emb_params$"
     for kind, mark in marks.items():
@@ -608,127 +584,111 @@ def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
                              "converted")
 
 
+def places_of(c: Config, official: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our name of each tensor -> its name and shape in an official file or a diffusers folder."""
+    if official:
+        return {ours: (e.official, e.official_shape) for ours, e in name_map(c).items()}
+    return {ours: (e.diffusers, e.shape) for ours, e in name_map(c).items()}
+
+
 def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
     """SD1, SD2 or SDXL, or its inpainting variant, with the widths that the tensors have: a
     fine-tune's are the same, a test's are smaller. Raises ValueError."""
-    def shape(name: str) -> tuple[int, ...]:
-        entry = name_map(base)[f"{name}.weight"]
-        theirs = entry.official if official else entry.diffusers
+    def shape(ours: str) -> tuple[int, ...]:
+        theirs, _ = places[f"{ours}.weight"]
         if theirs not in tensors:
             raise ValueError(f"it lacks {theirs}")
         return tensors[theirs].shape
 
     def text_of(part: str, usual: TextConfig) -> TextConfig:
         vocab_size, width = shape(f"{part}.token_embedding")
-        ours = name_map(base)[f"{part}.layers.0.norm1.weight"]
-        first = ours.official if official else ours.diffusers
-        any_layer = re.sub(r"(layers|resblocks)\\.0", r"\1\\.\\d+", re.escape(first))
-        layers = [name for name in tensors if re.fullmatch(any_layer, name)]
-        found = replace(usual, vocab_size=vocab_size, width=width, num_layers=len(layers),
-                        max_length=shape(f"{part}.position_embedding")[0],
-                        num_heads=max(1, width // 64))
-        if found.pooled_dim:
-            found = replace(found, pooled_dim=width)
-        return found
+        norms = [f"{part}.layers.{i}.norm1.weight" for i in range(usual.num_layers)]
+        return replace(usual, vocab_size=vocab_size, width=width, num_heads=max(1, width // 64),
+                       max_length=shape(f"{part}.position_embedding")[0],
+                       num_layers=sum(places[norm][0] in tensors for norm in norms),
+                       pooled_dim=usual.pooled_dim and width)
 
     base = SD1
     linear = tensors.get("unet.down_blocks.0.attentions.0.proj_in.weight")
-    if f"{XL_TEXT_2}.token_embedding.weight" in tensors or any(
-            name.startswith("text_encoder_2.") for name in tensors):
+    if (f"{XL_TEXT_2}.token_embedding.weight" in tensors
+            or "text_encoder_2.embeddings.token_embedding.weight" in tensors):
         base = SDXL
-    elif f"{OPEN_TEXT}.token_embedding.weight" in tensors:
+    elif (f"{OPEN_TEXT}.token_embedding.weight" in tensors
+            or linear is not None and linear.ndim == 2):
         base = SD2
-    elif linear is not None and linear.ndim == 2:
-        base = SD2
-    conv_in, vae_conv_in = shape("unet.down_blocks.0.0"), shape("vae.encoder.0")
-    inpainting = {SD1: SD1_INPAINT, SD2: SD2_INPAINT, SDXL: SDXL_INPAINT}
-    if conv_in[1] == 9:
-        base = inpainting[base]
-    elif conv_in[1] != 4:
-        raise ValueError(f"it has {conv_in[1]} input channels rather than 4 (or 9, to repaint)")
-    text, text_2, vector_dim = text_of("text_encoder", base.text), base.text_2, None
+    places = places_of(base, official)
+    channels, in_channels, *_ = shape("unet.down_blocks.0.0")
+    if in_channels == 9:
+        base = for_inpainting(base)
+    elif in_channels != 4:
+        raise ValueError(f"it has {in_channels} input channels rather than 4 (or 9, to repaint)")
+    text, text_2, vector_dim = text_of("text_encoder", base.text), None, None
     if base.text.activation == "gelu" and (not official or text.num_layers == 23):
         text = replace(text, penultimate=False)   # the last layer, which is not used, is not there
-    if text_2:
-        text_2 = text_of("text_encoder_2", text_2)
+    if base.text_2:
+        text_2 = text_of("text_encoder_2", base.text_2)
         vector_dim = shape("unet.vector_embedding.0")[1]
-    return resized(base, conv_in[0], vae_conv_in[0], text, text_2, vector_dim)
+    return replace(base, text=text, text_2=text_2,
+                   vae=replace(base.vae, channels=shape("vae.encoder.0")[0]),
+                   unet=replace(base.unet, channels=channels, vector_dim=vector_dim))
 
 
-def family(c: Config) -> Config:
-    """Which of the three a model is built like."""
-    if c.text_2:
-        return SDXL
-    return SD2 if c.text.activation == "gelu" else SD1
+NOTHING_SAYS = "nothing says otherwise; --prediction v would"
 
 
-def resized(base: Config, unet_channels: int, vae_channels: int, text: TextConfig,
-            text_2: TextConfig | None, vector_dim: int | None) -> Config:
-    """The same with these widths."""
-    unet = replace(base.unet, channels=unet_channels, vector_dim=vector_dim)
-    return replace(base, text=text, text_2=text_2, unet=unet,
-                   vae=replace(base.vae, channels=vae_channels))
-
-
-# What a diffusers folder's settings may say. The first value is meant where they say nothing
-SETTINGS = {
-    "scheduler/scheduler_config.json": {
-        "prediction_type": ["epsilon", "v_prediction"], "beta_schedule": ["scaled_linear"],
-        "trained_betas": [None], "rescale_betas_zero_snr": [False], "num_train_timesteps": [1000],
-        "use_flow_sigmas": [None, False]},
-    "unet/config.json": {
-        "attention_head_dim": [8, [8, 8, 8, 8]], "num_attention_heads": [None, 8, [8, 8, 8, 8]],
-        "act_fn": ["silu"], "class_embed_type": [None], "addition_embed_type": [None, "text_time"],
-        "time_cond_proj_dim": [None], "resnet_time_scale_shift": ["default"],
-        "flip_sin_to_cos": [True], "freq_shift": [0], "norm_num_groups": [32],
-        "norm_eps": [1e-5], "center_input_sample": [False], "mid_block_scale_factor": [1],
-        "downsample_padding": [1],
-        "upcast_attention": [None, False, True], "transformer_layers_per_block": [1, [1, 1, 1, 1]]},
-    "vae/config.json": {
-        "act_fn": ["silu"], "norm_num_groups": [32], "shift_factor": [None, 0.0],
-        "use_quant_conv": [True], "use_post_quant_conv": [True], "latents_mean": [None],
-        "latents_std": [None]},
-    "text_encoder/config.json": {"hidden_act": ["quick_gelu"], "layer_norm_eps": [1e-5]},
-    "text_encoder_2/config.json": {"hidden_act": ["gelu"], "layer_norm_eps": [1e-5]}}
-
-
-def as_set(config: Config, folder: Path) -> Config:
-    """The config with what a diffusers folder says that its tensors do not show: the schedule of
-    the noise, whether the U-Net predicts ε or v, the scale of the latents, whether it is a Turbo.
-    Raises InputError for what we can't do."""
-    said, u = {}, config.unet
-    depth = [max(1, depth) for depth in u.transformer_depth]
-    own = {"text_encoder": {"num_attention_heads": [config.text.num_heads],
-                            "hidden_act": [config.text.activation]}}
-    if config.text_2:
-        own["text_encoder_2"] = {"num_attention_heads": [config.text_2.num_heads],
-                                 "hidden_act": [config.text_2.activation]}
+def settings_of(c: Config) -> dict[str, dict[str, list]]:
+    """What a diffusers folder's settings may say of what its tensors do not show. The first value
+    is meant where they say nothing."""
+    heads, u = [8, [8, 8, 8, 8]], c.unet
     if u.head_dim:
-        heads = [max(1, u.channels * mult // u.head_dim) for mult in u.channel_mult]
-        own["unet"] = {"attention_head_dim": [heads], "num_attention_heads": [None, heads],
-                       "transformer_layers_per_block": [depth, 1]}
-    for name, known in SETTINGS.items():
-        part = name.partition("/")[0]
+        heads = [[max(1, u.channels * mult // u.head_dim) for mult in u.channel_mult]]
+    settings = {
+        "scheduler/scheduler_config.json": {
+            "prediction_type": ["epsilon", "v_prediction"], "beta_schedule": ["scaled_linear"],
+            "trained_betas": [None], "rescale_betas_zero_snr": [False],
+            "num_train_timesteps": [1000], "use_flow_sigmas": [None, False]},
+        "unet/config.json": {
+            "attention_head_dim": heads, "num_attention_heads": [None, *heads],
+            "act_fn": ["silu"], "norm_num_groups": [32], "norm_eps": [1e-5],
+            "flip_sin_to_cos": [True], "time_cond_proj_dim": [None]},
+        "vae/config.json": {
+            "act_fn": ["silu"], "norm_num_groups": [32], "shift_factor": [None, 0.0],
+            "latents_mean": [None], "latents_std": [None]}}
+    for part, text in (("text_encoder", c.text), ("text_encoder_2", c.text_2)):
+        if text:
+            settings[f"{part}/config.json"] = {
+                "num_attention_heads": [text.num_heads], "hidden_act": [text.activation]}
+    return settings
+
+
+def of_folder(config: Config, folder: Path) -> tuple[Config, str]:
+    """The config with what a diffusers folder says that its tensors do not show, and what says
+    whether it predicts ε or v. Raises InputError for what we can't do."""
+    why = NOTHING_SAYS
+    for name, known in settings_of(config).items():
         file = folder / name
         if not file.exists():
             continue
         with input_errors(f"{file} says what tiny_ldm can't do", "get another model"):
             found = json.loads(check_file(file).read_text("utf-8"))
-            if re.match("FlowMatch|EDM", found.get("_class_name", "")):
-                raise ValueError(f"it is of kind {found['_class_name']}")
-            for key, values in {**known, **own.get(part, {})}.items():
+            kind = found.get("_class_name", "")
+            if re.match("FlowMatch|EDM", kind):
+                raise ValueError(f"it is of kind {kind}")
+            for key, values in known.items():
                 if found.get(key, values[0]) not in values:
                     raise ValueError(f"{key} is {found[key]!r}")
-            said.update({key: float(found[key]) for key in ("beta_start", "beta_end",
-                                                            "scaling_factor") if key in found})
+            betas = {key: float(found[key]) for key in ("beta_start", "beta_end") if key in found}
+            config = replace(config, schedule=replace(config.schedule, **betas),
+                             scale_factor=float(found.get("scaling_factor", config.scale_factor)))
+            if name.startswith("scheduler"):
+                why = "its scheduler/ says so"
             if found.get("prediction_type") == "v_prediction":
                 config = replace(config, prediction="v")
-            if found.get("timestep_spacing") == "trailing":
+            if found.get("timestep_spacing") == "trailing" and "Ancestral" in kind:
                 config = as_turbo(config)
-            if found.get("_class_name") == "LCMScheduler":
+            if kind == "LCMScheduler":
                 config = replace(config, sampler="lcm", steps=4, guidance_scale=1.0)
-    scale = said.pop("scaling_factor", config.scale_factor)
-    return replace(config, scale_factor=scale, schedule=replace(config.schedule, **said))
+    return config, why
 
 
 def as_turbo(config: Config) -> Config:
@@ -737,60 +697,81 @@ def as_turbo(config: Config) -> Config:
                    steps=1, guidance_scale=1.0)
 
 
-def prediction_of(path: Path, tensors: dict[str, Tensor], known: str | None) -> tuple[str, str]:
+def prediction_of(path: Path, tensors: dict[str, Tensor], known: str, config: Config
+                  ) -> tuple[str, str]:
     """Whether the U-Net of a lone file predicts "eps" or "v", and what says so."""
-    yaml, found = path.with_suffix(".yaml"), None
+    yaml, metadata = path.with_suffix(".yaml"), read_metadata(path)
+    said, why = metadata.get("modelspec.prediction_type"), "its metadata say so"
+    if not said and (metadata.get("modelspec.architecture", "").endswith("-v")
+                     or metadata.get("ss_v_parameterization") == "True"):
+        said = "v"
     if yaml.is_file():
         found = re.search(r"""(?m)^[^#\n]*parameterization["']?:\s*["']?(\w+)""",
                           yaml.read_text("utf-8"))
-    metadata = read_metadata(path)
-    kinds = {"eps": "eps", "epsilon": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
-    said = found[1] if found else metadata.get("modelspec.prediction_type")
+        if found:
+            said, why = found[1], f"{yaml} says so"
     if said:
-        if said.lower() not in kinds:
+        kind = re.fullmatch(r"(eps|v)(ilon|[_-]prediction)?", said.lower())
+        if not kind:
             raise ValueError(f"it predicts {said}")
-        return kinds[said.lower()], f"{yaml} says so" if found else "its metadata say so"
-    if (metadata.get("modelspec.architecture", "").endswith("-v")
-            or metadata.get("ss_v_parameterization") == "True"):
-        return "v", "its metadata say so"
+        return kind[1], why
     if "v_pred" in tensors:
         return "v", "it holds a tensor v_pred"
     if known:
         return ("v" if "768" in known else "eps"), "as is known"
-    bias = tensors.get(f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias")
-    inputs = tensors[f"{UNET}.input_blocks.0.0.weight"].shape[1]
-    if f"{OPEN_TEXT}.token_embedding.weight" in tensors and bias is not None and inputs == 4:
-        spread = bias.float().std().item()            # a rule of thumb of ComfyUI's, for 2.x
+    if config.name == SD2.name:                   # a rule of thumb of ComfyUI's, for 2.x
+        bias = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+        spread = tensors[bias].float().std().item()
         return ("v" if spread > 0.09 else "eps"), f"a bias of it spreads by {spread:.3f}"
-    return "eps", "nothing says otherwise; --prediction v would"
+    return "eps", NOTHING_SAYS
 
 
 def schedule_of(tensors: dict[str, Tensor], schedule: ScheduleConfig) -> ScheduleConfig:
     """The schedule of the noise whose tables a lone file holds; without tables the one given.
     Raises ValueError for one that is not made as Stable Diffusion's is."""
-    if "ztsnr" in tensors:
-        raise ValueError("its schedule has a zero terminal signal-to-noise ratio: ztsnr")
-    found, betas = tensors.get("alphas_cumprod"), tensors.get("betas")
-    if betas is None and found is None:
+    if "betas" in tensors:
+        found = torch.cumprod(1 - tensors["betas"].double(), dim=0)
+    elif "alphas_cumprod" in tensors:
+        found = tensors["alphas_cumprod"].double()
+    else:
         return schedule
-    if betas is None:
-        found = found.double()
-        betas = 1 - found / torch.cat([found.new_ones(1), found[:-1]])
-    betas = betas.double()
-    if found is None:
-        found = torch.cumprod(1 - betas, dim=0)
-    if found.shape != betas.shape or len(found) != schedule.num_timesteps:
+    if len(found) != schedule.num_timesteps:
         raise ValueError(f"its schedule has {len(found)} timesteps")
-    if found[-1] < 1e-6:
-        raise ValueError("its schedule has a zero terminal signal-to-noise ratio")
-    start, end = betas[0].item(), betas[-1].item()
+    start = 1 - found[0].item()
+    end = 1 - (found[-1] / found[-2]).item()
     other = replace(schedule, beta_start=float(f"{start:.3g}"), beta_end=float(f"{end:.3g}"))
     for known in (schedule, other):
         if (make_alphas_cumprod(known) - found).abs().max() < 4e-3:      # in 16 bits, too
             return known
-    linear = torch.linspace(start, end, len(found), dtype=torch.float64)
-    kind = "linear betas" if (linear - betas).abs().max() < 1e-4 else "betas of another kind"
-    raise ValueError(f"its schedule has {kind}, from {start:.5f} to {end:.5f}")
+    raise ValueError(f"its schedule has betas of another kind, from {start:.5f} to {end:.5f}")
+
+
+def as_trained(usual: Config, source: str, path: Path, tensors: dict[str, Tensor],
+               known: str, prediction: str | None) -> Config:
+    """The usual config with what source and user say of the training; says what was taken."""
+    if path.is_dir():
+        config, why = of_folder(usual, path)
+        where = "in a diffusers folder"
+    else:
+        with input_errors(f"{source} can't be used", "get another model"):
+            kind, why = prediction_of(path, tensors, known, usual)
+            config = replace(usual, prediction=kind, schedule=schedule_of(tensors, usual.schedule))
+            if "scale_factor" in tensors:
+                config = replace(config, scale_factor=round(tensors["scale_factor"].item(), 5))
+        if "denoiser.sigmas" in tensors or "turbo" in known:
+            config = as_turbo(config)
+        where = "in a file that is not on record"
+    if prediction:
+        config, why = replace(config, prediction=prediction), "--prediction says so"
+    if config.prediction == "v" and config.name == SD2.name:
+        config = replace(config, name=SD2_V.name, image_size=SD2_V.image_size)
+    what = known or f"{config.name}, {where}"
+    say(f"{source} is {what}; it predicts {config.prediction} ({why})")
+    schedule, scale = config.schedule, config.scale_factor
+    if (schedule, scale) != (usual.schedule, usual.scale_factor):
+        say(f"its beta_start is {schedule.beta_start}, its beta_end is {schedule.beta_end}, its "
+            f"scale_factor is {scale}")
+    return config
 
 
 def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], source: str
@@ -800,30 +781,22 @@ def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]
         if name not in tensors:
             raise InputError(f"{source} lacks {name}: no whole model; get it again")
         t = tensors[name]
-        ones = (1, 1) if len(shape) == 4 and t.ndim == 2 else ()      # a Linear for a convolution
-        if t.dtype not in CODES or (*t.shape, *ones) not in (shape, (*shape, 1, 1)):
+        # (a Linear may stand for a 1x1 convolution, and the other way around)
+        if t.dtype not in CODES or t.shape[:2] != shape[:2] or t.numel() != math.prod(shape):
             raise InputError(f"{source}: {name} is {t.dtype} {list(t.shape)} and should be "
                              f"{list(shape)} in 16 to 64 bits; get it again")
-    others = [name for name in tensors if name not in wanted and not TABLES.fullmatch(name)]
-    unknown = [name for name in others if NETWORKS.match(name) and not UNUSED.fullmatch(name)]
+        # Biases may be 0, but no trained norm is
+        if len(shape) == 1 and name.endswith(".weight") and not t.any():
+            raise InputError(f"{source}: {name} holds nothing but zeros, as where a download broke "
+                             "off; get it again")
+    others = [name for name in sorted(tensors)
+              if name not in wanted and not UNUSED.fullmatch(name)]
+    unknown = [name for name in others if NETWORKS.match(name)]
     if unknown:
         raise InputError(f"{source} holds {len(unknown)} tensors in its networks that such a model "
-                         f"has not: {', '.join(sorted(unknown)[:3])}")
-    ignored = [name for name in others if not UNUSED.fullmatch(name)]
-    if ignored:
-        say(f"ignored {len(ignored)} tensors that are of no network: "
-            f"{', '.join(sorted(ignored)[:3])}")
-    zeros = [name for name in wanted if is_zero(tensors[name])]
-    # No trained norm is 0; biases and a dummy layer may be
-    norms = [name for name in zeros if name.endswith(".weight") and len(wanted[name]) == 1]
-    if norms or len(zeros) > len(wanted) / 5:
-        raise InputError(f"{source}: {len(zeros)} of {len(wanted)} tensors hold nothing but zeros, "
-                         f"as where a download broke off (one is {zeros[-1]}); get it again")
-
-
-def is_zero(t: Tensor) -> bool:
-    """Are all of its numbers 0? Most often the first few tell."""
-    return not t.flatten()[:64].any() and not t.any()
+                         f"has not: {', '.join(unknown[:3])}")
+    if others:
+        say(f"ignored {len(others)} tensors that are of no network: {', '.join(others[:3])}")
 
 
 # %% 5. LoRA
@@ -928,11 +901,9 @@ Row = tuple[list[Tensor], tuple[int, ...]]        # a tensor's parts, and the sh
 
 
 def forget(t: Tensor) -> None:
-    """Gives the memory behind a mapped tensor back to the kernel, so that only one is held at a
-    time. It stays readable: touched again, it is read again. Elsewhere than on Linux: nothing.
-
-    Careful, t may be a view whose numbers take less room than it counts: what lies behind is not
-    its own."""
+    """Gives the memory behind a mapped tensor back to Linux, so that only one is held at a time.
+    Touched again, it is read again. Careful, only whole pages are its own, and a view that is not
+    contiguous may have less room than it counts."""
     start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if sys.platform == "linux" and end > start and t.is_contiguous():
@@ -941,15 +912,14 @@ def forget(t: Tensor) -> None:
 
 
 def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | None,
-                      metadata: dict[str, str], changes: tuple[dict[str, Change], ...] = ()
+                      metadata: dict[str, str], loras: tuple[dict[str, Change], ...] = ()
                       ) -> None:
     """A .safetensors, tensor by tensor: the header's length, the header as JSON, the bytes. dtype:
-    None keeps each tensor's. changes: those of LoRAs. Raises InputError for values that are not
-    finite, and for a disk that is full."""
+    None keeps each tensor's. Raises InputError."""
     header, at = {"__metadata__": metadata}, 0
     for name, (parts, shape) in rows.items():
         kind = dtype or parts[0].dtype
-        end = at + torch.Size(shape).numel() * kind.itemsize
+        end = at + math.prod(shape) * kind.itemsize
         header[name] = {"dtype": CODES[kind], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     head = json.dumps(header).encode()
@@ -964,7 +934,7 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
             file.write(len(head).to_bytes(8, "little") + head)
             for name, (parts, shape) in tqdm(rows.items(), "converting", unit="tensor"):
                 t = parts[0] if len(parts) == 1 else torch.cat(parts)
-                for factor, up, down in [lora[name] for lora in changes if name in lora]:
+                for factor, up, down in [lora[name] for lora in loras if name in lora]:
                     t = t.float() + factor * (up.float() @ down.float()).reshape(t.shape)
                 t = t.to(dtype or parts[0].dtype).reshape(shape).contiguous()
                 if not t.isfinite().all():
@@ -977,71 +947,29 @@ def write_safetensors(path: Path, rows: dict[str, Row], dtype: torch.dtype | Non
     write_whole(path, write)
 
 
-def as_trained(config: Config, source: str, path: Path, tensors: dict[str, Tensor],
-               known: str | None, prediction: str | None) -> Config:
-    """The config with what source and user say of the training, and a line that says what was
-    taken. Raises InputError."""
-    why = "nothing says otherwise; --prediction v would"
-    where = "in a file that is not on record"
-    if path.is_file():
-        with input_errors(f"{source} can't be used", "get another model"):
-            schedule = schedule_of(tensors, config.schedule)
-            kind, why = prediction_of(path, tensors, known)
-        config = replace(config, schedule=schedule, prediction=kind)
-        scale = tensors.get("scale_factor")
-        if scale is not None and scale.numel() == 1:
-            config = replace(config, scale_factor=round(scale.item(), 5))
-        if "denoiser.sigmas" in tensors or "turbo" in (known or ""):
-            config = as_turbo(config)
-    else:
-        where = "in a diffusers folder"
-        config = as_set(config, path)
-        if (path / "scheduler" / "scheduler_config.json").exists():
-            why = "its scheduler/ says so"
-    if prediction:
-        config, why = replace(config, prediction=prediction), "--prediction says so"
-    if config.prediction == "v" and config.name == SD2.name:
-        config = replace(config, name=SD2_V.name, image_size=SD2_V.image_size)
-    what = known or f"{config.name}, {where}"
-    say(f"{source} is {what}; it predicts {config.prediction} ({why})")
-    taken = {**asdict(config.schedule), "scale_factor": config.scale_factor}
-    usual = {**asdict(SD1.schedule), "scale_factor": family(config).scale_factor}
-    for name in taken:
-        if taken[name] != usual[name]:
-            say(f"its {name} is {taken[name]}")
-    return config
-
-
 def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | None,
             prediction: str | None, ema: bool | None, loras: list[str]) -> None:
-    """Official or diffusers' weights, with LoRAs added, to a tiny_ldm weights file. Raises
-    InputError."""
-    path, address, known = Path(source), HUB_ID.fullmatch(source), None
-    is_file_name = source.endswith((".ckpt", ".safetensors"))
-    if not path.exists() and address and (address["file"] or not is_file_name):
-        path = download(address)
-    if path.is_dir():
-        path = snapshot_in(path)
+    """Official or diffusers' weights, with LoRAs added, to our file. Raises InputError."""
+    address, known = on_the_hub(source), ""
+    path = download(address) if address else Path(source)
     official = not path.is_dir()
     if official:
-        tensors = read_official(path)
-        known = recognised(path)
+        tensors, known = read_official(path), recognised(path)
         choose_unet(tensors, ema, known)
+    elif ema is not None:
+        raise InputError("--ema and --no-ema choose in a single file; of a folder's variants keep "
+                         "the one that you want")
     else:
-        if ema is not None:
-            raise InputError("--ema and --no-ema choose in a single file; of a folder's variants "
-                             "keep the one that you want")
+        path = snapshot_in(path)
         tensors = read_folder(path)
     refuse_others(tensors, source)
     with input_errors(f"{source} is no Stable Diffusion 1.x, 2.x or XL",
                       "README.md names files that are"):
         config = config_of(tensors, official)
-        entries = name_map(config)
-    names = {ours: e.official if official else e.diffusers for ours, e in entries.items()}
-    shapes = {ours: e.official_shape if official else e.shape for ours, e in entries.items()}
-    check_tensors(tensors, {names[ours]: shape for ours, shape in shapes.items()}, source)
+        places = places_of(config, official)
+    check_tensors(tensors, dict(places.values()), source)
     config = as_trained(config, source, path, tensors, known, prediction)
-    changes = tuple(read_lora(lora, config) for lora in loras)
+    added = tuple(read_lora(lora, config) for lora in loras)
     backend = find_tokenizer(tokenizer, path)
     tokens, rows = backend.get_vocab_size(), config.text.vocab_size
     if not 0.95 * rows <= tokens <= rows:         # some trainers pad the embedding
@@ -1052,33 +980,33 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
     with input_errors(f"{source} can't be used", "get it again"):
         check_header(metadata)
     rows = {}
-    for ours, e in entries.items():
-        t = tensors[names[ours]]
-        rows[ours] = [ours_of(t, e) if official else t], e.shape
-    write_safetensors(out, rows, dtype, metadata, changes)
+    for ours, e in name_map(config).items():
+        t = tensors[places[ours][0]]
+        if official and e.third is not None:
+            t = t.chunk(3)[e.third]
+        if official and e.turned:
+            t = t.T
+        rows[ours] = [t], e.shape
+    write_safetensors(out, rows, dtype, metadata, added)
 
 
 def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
-    """A tiny_ldm weights file to a checkpoint in the official layout, without the schedule. Raises
-    InputError."""
+    """Our file to one in the official layout, without the schedule. Raises InputError."""
     c = Config.from_dict(json.loads(read_header(source)["config"]))
-    base = family(c)
-    usual = resized(replace(base, unet=replace(base.unet, in_channels=c.unet.in_channels)),
-                    c.unet.channels, c.vae.channels, c.text, c.text_2, c.unet.vector_dim)
-    others = [name for name in ("vae", "unet", "scale_factor", "schedule")
-              if getattr(c, name) != getattr(usual, name)]
-    if others:
-        raise InputError(f"{source} ({c.name}) is not built like Stable Diffusion (other: "
-                         f"{', '.join(others)}), and the official layout has no place to say so; "
-                         "use it as it is")
-    tensors, entries = read_tensors(Path(source)), name_map(c)
-    check_tensors(tensors, {ours: e.shape for ours, e in entries.items()}, source)
-    rows = {}
-    for ours, e in entries.items():                   # to_q, to_k, to_v come in this order
+    tensors, rows = read_tensors(Path(source)), {}
+    check_tensors(tensors, {ours: e.shape for ours, e in name_map(c).items()}, source)
+    for ours, e in name_map(c).items():               # to_q, to_k, to_v come in this order
         parts, _ = rows.setdefault(e.official, ([], e.official_shape))
         parts.append(tensors[ours].T if e.turned else tensors[ours])
-    kind = {"eps": "epsilon", "v": "v"}[c.prediction]
-    write_safetensors(out, rows, dtype, {"format": "pt", "modelspec.prediction_type": kind})
+    with input_errors(f"{source} ({c.name}) is not built like Stable Diffusion",
+                      "the official layout has no place to say so; use it as it is"):
+        usual = config_of({name: parts[0] for name, (parts, _) in rows.items()}, official=True)
+        others = [name for name in ("vae", "unet", "scale_factor", "schedule")
+                  if getattr(c, name) != getattr(usual, name)]
+        if others:
+            raise ValueError(f"other: {', '.join(others)}")
+    said = c.prediction.replace("eps", "epsilon")
+    write_safetensors(out, rows, dtype, {"format": "pt", "modelspec.prediction_type": said})
 
 
 # %% 7. Command line
@@ -1101,28 +1029,24 @@ def run(argv: list[str] | None) -> None:
     add("--to", choices=("tiny_ldm", "official"), default="tiny_ldm")
     add("--force", action="store_true", help="replace an output that exists")
     args = parser.parse_args(argv)
-    path = Path(args.source)
-    name = path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
-    address = HUB_ID.fullmatch(args.source)
-    if address and not path.exists():
-        name = os.path.basename(address["repository"])
-        if address["file"]:
-            name = Path(address["file"]).stem
+    given, address = args.source, on_the_hub(args.source)
+    if address:
+        given = address["file"] or address["repository"]
+    name = re.sub(r"\.(ckpt|safetensors|bin|pt)$", "", os.path.basename(os.path.abspath(given)))
     out = args.output or Path(f"{name}.{args.to}.safetensors")
-    if out.exists() and not (args.force and out.is_file()):     # a folder or device never is
+    if out.exists() and not args.force:
         raise InputError(f"{out} exists already; choose another name with -o, or replace a file "
                          "with --force")
     check_output(out, "")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    for name in ("lora", "tokenizer", "prediction", "ema"):
-        if args.to == "official" and getattr(args, name):
-            raise InputError(f"--{name} changes what is converted to tiny_ldm; leave out "
-                             "--to official")
-    if args.to == "official":
-        to_official(args.source, out, dtype)
+    if args.to == "tiny_ldm":
+        convert(args.source, out, dtype, args.tokenizer, args.prediction, args.ema, args.lora)
     else:
-        convert(args.source, out, dtype, args.tokenizer, args.prediction, args.ema,
-                args.lora)
+        for name in ("lora", "tokenizer", "prediction", "ema"):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name} changes what is converted to tiny_ldm; leave out "
+                                 "--to official")
+        to_official(args.source, out, dtype)
     print(out)
 
 

@@ -286,7 +286,7 @@ def their_sibling_outputs(models: dict, prediction: str, dtype=torch.float64, st
 
 
 def is_sibling(c: tiny_ldm.Config) -> bool:
-    return weights_convert.family(c) is not SD1
+    return c.text_2 is not None or c.text.activation == "gelu"
 
 
 def references(c: tiny_ldm.Config, tensors: dict[str, torch.Tensor]) -> dict:
