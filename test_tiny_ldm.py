@@ -1039,9 +1039,9 @@ def test_what_a_folder_says_is_followed_or_refused(folder, official, tmp_path, r
     assert found_scale == replace(NARROW, scale_factor=0.13)
     assert "its scale_factor is 0.13" in capsys.readouterr().err
     assert found("scheduler", timestep_spacing="trailing") == NARROW          # alone no Turbo
-    turbo = found("scheduler", timestep_spacing="trailing",
-                  _class_name="EulerAncestralDiscreteScheduler")
-    assert (turbo.sampler, turbo.steps) == ("euler_a_trailing", 1)
+    for kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
+        turbo = found("scheduler", timestep_spacing="trailing", _class_name=kind)
+        assert (turbo.sampler, turbo.steps) == ("euler_a_trailing", 1)
     for part, key, value in (("scheduler", "prediction_type", "sample"),
                              ("scheduler", "rescale_betas_zero_snr", True),
                              ("scheduler", "beta_schedule", "linear"),

@@ -323,8 +323,11 @@ class Reader(pickle.Unpickler):
             return Inert()
         if not count:
             return torch.zeros(0, dtype=dtype)
+        entry = self.entries[f"{self.folder}data/{key}"]
+        if count * dtype.itemsize > entry.file_size:
+            raise ValueError(f"{entry.filename} is too short")
         # A zip has a header before each entry, too: 30 bytes, the name, and padding
-        header = self.entries[f"{self.folder}data/{key}"].header_offset
+        header = entry.header_offset
         lengths = struct.unpack("<HH", self.mapped[header + 26 : header + 30])
         return torch.frombuffer(self.mapped, dtype=dtype, count=count,
                                 offset=header + 30 + sum(lengths))
@@ -411,7 +414,7 @@ def choose_unet(tensors: dict[str, Tensor], ema: bool | None, known: str) -> Non
 
 def part_files(part: str) -> list[str]:
     """The names that a part's file may have in a diffusers folder, the best first."""
-    stem, old_stem = f"{part}/diffusion_pytorch_model", f"{part}/diffusion_pytorch_model"
+    stem = old_stem = f"{part}/diffusion_pytorch_model"
     if part.startswith("text_encoder"):
         stem, old_stem = f"{part}/model", f"{part}/pytorch_model"
     names = []
@@ -684,7 +687,7 @@ def of_folder(config: Config, folder: Path) -> tuple[Config, str]:
                 why = "its scheduler/ says so"
             if found.get("prediction_type") == "v_prediction":
                 config = replace(config, prediction="v")
-            if found.get("timestep_spacing") == "trailing" and "Ancestral" in kind:
+            if found.get("timestep_spacing") == "trailing" and kind.startswith("Euler"):
                 config = as_turbo(config)
             if kind == "LCMScheduler":
                 config = replace(config, sampler="lcm", steps=4, guidance_scale=1.0)
