@@ -2117,7 +2117,8 @@ def say(message: str) -> None:
 
 
 RANGES = {"steps": (1, 1000), "guidance_scale": (-1000, 1000), "eta": (0, 1), "strength": (0, 1),
-          "seed": (0, 2**40), "batch_size": (1, 65536), "count": (1, 65536),
+          "seed": (0, 2**62), "width": (1, 8192), "height": (1, 8192),
+          "batch_size": (1, 65536), "count": (1, 65536),
           "vae_batch": (1, 65536), "unet_batch": (1, 65536), "vae_steps": (0, 10**9),
           "unet_steps": (0, 10**9)}
 
@@ -2236,7 +2237,7 @@ def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None
         if others.get(name) is None:
             others[name] = getattr(config, name)
     others["seed"] = operator.index(others.get("seed", 0))        # also one of NumPy's integers
-    check_settings(others)
+    check_settings(dict(others, width=width, height=height))
     if mask is not None and image is None:
         raise InputError("a mask needs an image that it belongs to")
     if mask is None and config.unet.in_channels > config.vae.latent_channels:
@@ -2252,9 +2253,9 @@ def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None
         own = [max(stride, round(it / stride) * stride) for it in (side * ratio, side / ratio)]
         width, height = width or own[0], height or own[1]
     size = (width or side, height or side)
-    if size[0] % stride or size[1] % stride or not 0 < min(size) <= max(size) <= 8192:
-        raise InputError(f"width and height must be multiples of {stride} up to 8192, not "
-                         f"{size[0]} and {size[1]}")
+    if size[0] % stride or size[1] % stride:
+        raise InputError(f"width and height must be multiples of {stride}, not {size[0]} and "
+                         f"{size[1]}")
     if isinstance(image, Image.Image):
         if image.size != size:
             say(f"the picture of {image.width} x {image.height} is used at {width} x {height}")
@@ -2528,7 +2529,8 @@ class Trainer:
 
     def generator(self, step: int) -> torch.Generator:
         """The source of all that is random in a step of this process."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step * WORLD + RANK)
+        number = self.seed * 1_000_003 + step * WORLD + RANK
+        return torch.Generator().manual_seed(number % 2**63)
 
     def pictures(self, number: int, count: int) -> tuple[Tensor, list[str]]:
         """Batch `number` of this process: pictures [count, 3, H, W] and their captions."""
