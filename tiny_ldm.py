@@ -2668,7 +2668,7 @@ def join_processes() -> None:
 
 
 def train_model(source: str, out: str | Path, *, weights: str | Path | None = None,
-                vae_steps: int = 8000, unet_steps: int = 20000, vae_batch: int = 16,
+                vae_steps: int = 20000, unet_steps: int = 20000, vae_batch: int = 16,
                 unet_batch: int = 128, seed: int = 0, device: str = "auto",
                 dtype: torch.dtype = torch.float32, save_minutes: float = 5.0,
                 force: bool = False, config: Config = SHAPES) -> None:
@@ -2753,7 +2753,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--train", metavar="shapes|FOLDER", help="the Shapes world, or captioned pictures")
     add("--force", action="store_true", help="replace a model that is there")
-    add("--vae-steps", type=int, default=8000, help="of stage 1")
+    add("--vae-steps", type=int, default=20000, help="of stage 1")
     add("--unet-steps", type=int, default=20000, help="of stage 2")
     add("--unet-batch", type=int, default=128, help="pictures per step of stage 2")
     add("--save-minutes", type=float, default=5.0, help="between checkpoints")
