@@ -234,6 +234,9 @@ e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff sd_xl_base_1.0_
 e869ac7d6942cb327d68d5ed83a40447aadf20e0c3358d98b2cc9e270db0da26 sd_xl_turbo_1.0_fp16.safetensors
 9730e344ed7098b31e435c9df23be162b95385a764ba36f491316af2925546f4 sd_xl_turbo_1.0.safetensors
 """.strip().splitlines())
+KNOWN_SIZES = [(4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000),
+               (5_214_000_000, 5_215_000_000), (6_938_000_000, 6_939_000_000),
+               (13_875_000_000, 13_876_000_000)]
 
 # The networks, by either layout's names. What else a file holds is not theirs and is ignored:
 # tables of the schedule, counters, losses, a safety checker, what trainings leave behind
@@ -251,8 +254,10 @@ HUB_ID = re.compile(r"((https?://)?(www\.)?(huggingface\.co|hf\.co)/)?"
 
 
 def recognised(path: Path) -> str:
-    """The name of an official file, by its sha256; "" for any other."""
+    """The name of an official file, by size and sha256; "" for any other."""
     size, digest = path.stat().st_size, hashlib.sha256()
+    if not any(low <= size <= high for low, high in KNOWN_SIZES):
+        return ""
     with open(path, "rb") as raw, tqdm.wrapattr(raw, "read", size, desc="sha256") as file:
         while block := file.read(1 << 22):
             digest.update(block)
@@ -440,7 +445,7 @@ def best_files(source: str | Path, there: list[str]) -> dict[str, list[str]]:
             files = ", ".join(name for name in sorted(there) if "." in name)
             raise InputError(f"{source} lacks {names[0]}, so it is no diffusers folder; pass a "
                              f"folder, or one file (there: {files[:200] or 'nothing'})")
-        best[part] = shards[found[0]]
+        best[part] = found[:1] if found[0] in there else shards[found[0]]
         if found[0] != names[0]:
             say(f"of {part} taking {found[0]}")
     return best
@@ -653,14 +658,17 @@ def settings_of(c: Config) -> dict[str, dict[str, list]]:
         "unet/config.json": {
             "attention_head_dim": heads, "num_attention_heads": [None, *heads],
             "act_fn": ["silu"], "norm_num_groups": [32], "norm_eps": [1e-5],
-            "flip_sin_to_cos": [True], "time_cond_proj_dim": [None]},
+            "flip_sin_to_cos": [True], "freq_shift": [0], "time_cond_proj_dim": [None],
+            "center_input_sample": [False], "mid_block_scale_factor": [1],
+            "downsample_padding": [1]},
         "vae/config.json": {
             "act_fn": ["silu"], "norm_num_groups": [32], "shift_factor": [None, 0.0],
             "latents_mean": [None], "latents_std": [None]}}
     for part, text in (("text_encoder", c.text), ("text_encoder_2", c.text_2)):
         if text:
             settings[f"{part}/config.json"] = {
-                "num_attention_heads": [text.num_heads], "hidden_act": [text.activation]}
+                "num_attention_heads": [text.num_heads], "hidden_act": [text.activation],
+                "layer_norm_eps": [1e-5]}
     return settings
 
 
