@@ -90,17 +90,15 @@ def train(name, args):
 def table(args):
     import judge
     import tiny_ldm
-    heads = [f"guidance scale {scale:g}" for scale in SCALES]
-    print("| held-out pairs | " + " | ".join(heads) + " |")
-    print("|---" * (1 + len(SCALES)) + "|")
+    judge.print_head("held-out pairs", *[f"guidance scale {scale:g}" for scale in SCALES])
     for name in CHANGES:
         ldm = tiny_ldm.LatentDiffusion.load(file_of(args.folder, name))
-        row = []
+        cells = []
         for scale in SCALES:
             judged = judge.prompt_following(ldm, "held-out", args.captions, steps=25,
                                             sampler="euler_a", guidance_scale=scale)
-            row.append(f"{100 * judge.right(judged):.0f} %")
-        print(f"| {name} | " + " | ".join(row) + " |", flush=True)
+            cells.append(f"{100 * judge.right(judged):.0f} %")
+        judge.print_row(name, *cells)
 
 
 def main():

@@ -6,7 +6,7 @@ nothing else. The command measures the built-in model with it:
     python .ci/judge.py 300 --seed 1000000 3000000 4000000   three tables in one, and some pictures
         --failures weights/failures.png                      of what is wrong
     python .ci/judge.py 25 --samplers weights/samplers.png   the samplers, by network calls
-    python .ci/judge.py 100 --curve curve.png --weights 1000.safetensors 2000.safetensors
+    python .ci/judge.py 100 --curve curve.png 1000.safetensors 2000.safetensors
                                                              models on the way, by their step
     python .ci/judge.py 1 --ways weights/ways.png            a picture for each way to walk
     python .ci/judge.py 50 --guidance-experiment             three ways to guide, by their scale
@@ -278,6 +278,11 @@ def right(judged: list[Judged]) -> float:
     return sum(not row.wrong for row in judged) / len(judged)
 
 
+def right_of_all_kinds(ldm: LatentDiffusion, count: int, **settings) -> float:
+    """The share of right pictures of count captions of each kind."""
+    return right(sum([prompt_following(ldm, kind, count, **settings) for kind in KINDS], []))
+
+
 def crispness(image: Image.Image, caption: str) -> tuple[float, float, float]:
     """How a picture of things of one colour looks: (mean error of the colour inside the things, and
     of that of the background, in levels of 255; width of the edges in pixels of a picture 128
@@ -388,32 +393,40 @@ def grid(images: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
+def print_row(*cells: str) -> None:
+    """Prints a row of a table."""
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_head(*names: str) -> None:
+    print_row(*names)
+    print("|---" * len(names) + "|")
+
+
 def table(ldm: LatentDiffusion, args: argparse.Namespace, settings: dict) -> None:
     """Prompt-following, a row per kind of caption, and how crisp the pictures are."""
     first, failures, looks = [], [], []
     seeds = [f"seed {seed}" for seed in args.seed] if len(args.seed) > 1 else []
-    print("| captions | " + " | ".join([*seeds, "right"]) + " |")
-    print("|---" * (2 + len(seeds)) + "|")
+    print_head("captions", *seeds, "right")
     for kind in KINDS:
         runs = [prompt_following(ldm, kind, args.count, seed, args.free_words, **settings)
                 for seed in args.seed]
         judged = sum(runs, [])
         shares = [right(run) for run in runs if seeds] + [right(judged)]
-        print(f"| {kind} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |",
-              flush=True)
+        print_row(kind, *[f"{100 * share:.1f} %" for share in shares])
         first += judged[:6]
-        failures += [row for row in judged if row.wrong][:3]
-        for row in judged:
-            if not row.wrong and not parse(row.caption).relation:
-                looks.append(crispness(row.image, row.caption))
+        failures += [one for one in judged if one.wrong][:3]
+        for one in judged:
+            if not one.wrong and not parse(one.caption).relation:
+                looks.append(crispness(one.image, one.caption))
     inside, outside, edge = np.mean(looks, axis=0)
     print(f"\nPictures with one colour: its mean error {inside:.1f} of 255 inside the things, "
           f"{outside:.1f} in the background; edges {edge:.1f} pixels wide at 128")
     if args.grid:
         grid([labelled(*row) for row in first], 6).save(args.grid)
     if args.failures:
-        cards = [labelled(row.image, f"{row.caption}: {row.wrong}", height=240)
-                 for row in failures]
+        cards = [labelled(one.image, f"{one.caption}: {one.wrong}", height=240)
+                 for one in failures]
         grid(cards, 6).save(args.failures)
 
 
@@ -424,34 +437,29 @@ WALKS = [name for name in tiny_ldm.SAMPLERS if not name.endswith(("leading", "tr
 
 def compare_samplers(ldm: LatentDiffusion, count: int, file: str) -> None:
     """Prompt-following by network calls for each sampler: a table, and a plot of it."""
-    print("| sampler | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |")
-    print("|---" * (1 + len(CALLS)) + "|")
+    print_head("sampler", *[f"{calls} calls" for calls in CALLS])
     lines = {}
     for sampler in WALKS:
         lines[sampler] = []
         for calls in CALLS:
             steps = calls - 1 if sampler == "plms" else calls     # it makes one call more
-            judged = []
-            for kind in KINDS:
-                judged += prompt_following(ldm, kind, count, steps=steps, sampler=sampler)
-            lines[sampler].append(right(judged))
-        row = " | ".join(f"{100 * share:.0f} %" for share in lines[sampler])
-        print(f"| {sampler} | {row} |", flush=True)
+            share = right_of_all_kinds(ldm, count, steps=steps, sampler=sampler)
+            lines[sampler].append(share)
+        print_row(sampler, *[f"{100 * share:.0f} %" for share in lines[sampler]])
     plot(lines, CALLS, "network calls").save(file)
 
 
-def compare_models(files: list[str], count: int, file: str, settings: dict) -> None:
+def compare_models(files: list[str], args: argparse.Namespace, settings: dict) -> None:
     """Prompt-following of models that are named by their step: a table, and a plot of it."""
-    print("| step | " + " | ".join(KINDS) + " |")
-    print("|---" * (1 + len(KINDS)) + "|")
+    print_head("step", *KINDS)
     lines = {kind: [] for kind in KINDS}
     for path in files:
-        ldm = LatentDiffusion.load(path)
+        ldm = LatentDiffusion.load(path, dtype=getattr(torch, args.dtype))
         for kind in KINDS:
-            lines[kind].append(right(prompt_following(ldm, kind, count, **settings)))
-        row = " | ".join(f"{100 * shares[-1]:.0f} %" for shares in lines.values())
-        print(f"| {Path(path).stem} | {row} |", flush=True)
-    plot(lines, [Path(path).stem for path in files], "steps of training").save(file)
+            lines[kind].append(right(prompt_following(ldm, kind, args.count, **settings)))
+        print_row(Path(path).stem, *[f"{100 * shares[-1]:.0f} %" for shares in lines.values()])
+    picture = plot(lines, [Path(path).stem for path in files], "steps of training")
+    picture.save(args.curve[0])
 
 
 def plot(lines: dict[str, list[float]], ticks: Sequence, axis: str) -> Image.Image:
@@ -499,19 +507,15 @@ def guided(predict_eps, x: torch.Tensor, t: float, alpha_bar: float, *, texts: l
 
 def compare_guidance(ldm: LatentDiffusion, count: int, settings: dict) -> None:
     """Prompt-following by the guidance scale, a row per way to guide."""
-    print("| guidance | " + " | ".join(f"{scale:g}" for scale in GUIDANCE_SCALES) + " |")
-    print("|---" * (1 + len(GUIDANCE_SCALES)) + "|")
+    print_head("guidance", *[f"{scale:g}" for scale in GUIDANCE_SCALES])
     predict_eps = ldm.predict_eps
     for name, way in WAYS_TO_GUIDE.items():
         ldm.predict_eps = functools.partial(guided, predict_eps, **way)
-        row = [name]
+        cells = [name]
         for scale in GUIDANCE_SCALES:
             settings["guidance_scale"] = scale
-            judged = []
-            for kind in KINDS:
-                judged += prompt_following(ldm, kind, count, **settings)
-            row.append(f"{100 * right(judged):.1f} %")
-        print("| " + " | ".join(row) + " |", flush=True)
+            cells.append(f"{100 * right_of_all_kinds(ldm, count, **settings):.1f} %")
+        print_row(*cells)
 
 
 def draw_ways(ldm: LatentDiffusion, file: str) -> None:
@@ -543,7 +547,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures how well a model follows its prompts.")
     add = parser.add_argument
     add("count", type=int, help="captions of each kind")
-    add("--weights", nargs="+", default=[None])
+    add("--weights")
     add("--steps", type=int)
     add("--sampler")
     add("--guidance-scale", type=float)
@@ -554,24 +558,28 @@ def main(argv: list[str] | None = None) -> int:
     add("--failures", metavar="FILE", help="also draw the first three of each kind that are wrong")
     add("--grid", metavar="FILE", help="also draw the first pictures of each kind")
     add("--samplers", metavar="FILE", help="instead compare the samplers, as a plot")
-    add("--curve", metavar="FILE", help="instead compare all of --weights, as a plot")
+    add("--curve", metavar="FILE", nargs="+",
+        help="instead compare models on the way, as a plot; first the plot's name")
     add("--ways", metavar="FILE", help="instead draw one picture for each way to walk")
     add("--guidance-experiment", action="store_true", help="instead compare ways to guide")
     add("--attention", action="store_true", help="instead see if attention follows the words")
     add("--check", action="store_true", help="with --attention: exit with 1 below 3")
     args = parser.parse_args(argv)
-    ldm = LatentDiffusion.load(args.weights[0], dtype=getattr(torch, args.dtype))
     settings = dict(steps=args.steps, sampler=args.sampler, guidance_scale=args.guidance_scale)
+    if args.curve:
+        compare_models(args.curve[1:], args, settings)
+        return 0
+    ldm = LatentDiffusion.load(args.weights, dtype=getattr(torch, args.dtype))
     if args.samplers:
         compare_samplers(ldm, args.count, args.samplers)
-    elif args.curve:
-        compare_models(args.weights, args.count, args.curve, settings)
     elif args.ways:
         draw_ways(ldm, args.ways)
     elif args.guidance_experiment:
         compare_guidance(ldm, args.count, settings)
     elif args.attention:
-        ratios = attention_on_things(ldm, args.count, args.seed[0], **settings)
+        ratios = []
+        for seed in args.seed:
+            ratios += attention_on_things(ldm, args.count, seed, **settings)
         print(f"Of the attention to a thing's words {np.mean(ratios):.2f} times as much falls on "
               f"it as its share of the area ({len(ratios)} pictures)")
         return int(args.check and not np.mean(ratios) >= 3)
