@@ -449,15 +449,27 @@ def compare_samplers(ldm: LatentDiffusion, count: int, file: str) -> None:
     plot(lines, CALLS, "network calls").save(file)
 
 
+def loss_on_new_pictures(ldm: LatentDiffusion) -> float:
+    """The loss of stage 2 on 512 pictures of another seed than the training's, always the same."""
+    data = tiny_ldm.ShapesData(ldm.config.image_size, seed=1)
+    trainer = tiny_ldm.Trainer(ldm, data, Path(), seed=1, dtype=torch.float32, save_minutes=0,
+                               checkpoint={})
+    return trainer.second_stage(batch=512, step=0).item()
+
+
 def compare_models(files: list[str], args: argparse.Namespace, settings: dict) -> None:
-    """Prompt-following of models that are named by their step: a table, and a plot of it."""
-    print_head("step", *KINDS)
-    lines = {kind: [] for kind in KINDS}
+    """Prompt-following and loss of models that are named by their step: a table, and a plot of
+    it."""
+    print_head("step", *KINDS, "loss")
+    lines = {name: [] for name in (*KINDS, "loss (100 %: 1)")}
     for path in files:
         ldm = LatentDiffusion.load(path, dtype=getattr(torch, args.dtype))
-        for kind in KINDS:
-            lines[kind].append(right(prompt_following(ldm, kind, args.count, **settings)))
-        print_row(Path(path).stem, *[f"{100 * shares[-1]:.0f} %" for shares in lines.values()])
+        shares = [right(prompt_following(ldm, kind, args.count, **settings)) for kind in KINDS]
+        loss = loss_on_new_pictures(ldm.float())
+        for line, value in zip(lines.values(), (*shares, loss)):
+            line.append(value)
+        cells = [f"{100 * share:.0f} %" for share in shares]
+        print_row(Path(path).stem, *cells, f"{loss:.4f}")
     picture = plot(lines, [Path(path).stem for path in files], "steps of training")
     picture.save(args.curve[0])
 
