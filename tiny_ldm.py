@@ -2080,7 +2080,8 @@ class ShapesData:
 # %% 11. Files
 # --------------------------------------------------------------------------------------------------
 # The door. Whatever comes from outside (weights, pictures, texts, settings) is checked here, and
-# what is wrong is said in one line. What only a training or the command takes is checked there.
+# what is wrong is said in one line. What else only a training or the command takes is checked
+# there.
 
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, with the value, and
@@ -2120,7 +2121,7 @@ RANGES = {"steps": (1, 1000), "guidance_scale": (-1000, 1000), "eta": (0, 1), "s
           "seed": (0, 2**62), "width": (1, 8192), "height": (1, 8192),
           "batch_size": (1, 65536), "count": (1, 65536),
           "vae_batch": (1, 65536), "unet_batch": (1, 65536), "vae_steps": (0, 10**9),
-          "unet_steps": (0, 10**9)}
+          "unet_steps": (0, 10**9), "save_minutes": (0, 10**6)}
 
 
 def check_settings(settings: dict) -> None:
@@ -2153,7 +2154,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def check_output(path: str | Path, *endings: str) -> None:
-    """Raises InputError, before all the work, for a name that can't be written after it."""
+    """Raises InputError, before all the work, for a file that could not be written after it."""
     path = Path(path)
     if not path.name.lower().endswith(endings):
         raise InputError(f"{path} must end in {' or '.join(endings)}")
@@ -2174,7 +2175,8 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
             write(str(beside))
             os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def open_image(image: str | Path | Image.Image,
@@ -2182,7 +2184,7 @@ def open_image(image: str | Path | Image.Image,
     """A picture, or the one in a file, as `convert` makes it. Raises InputError. Not all formats
     that Pillow knows: for some it runs other programs."""
     formats = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-    PngImagePlugin.MAX_TEXT_CHUNK = 2**26             # a long text in a picture is no fault of it
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26             # a picture may hold a long text
     with input_errors(f"{image} can't be read as a picture", "replace or remove it"):
         if not isinstance(image, Image.Image):
             image = Image.open(check_file(image), formats=formats)
@@ -2236,7 +2238,7 @@ def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None
     for name in ("steps", "sampler", "guidance_scale"):
         if others.get(name) is None:
             others[name] = getattr(config, name)
-    others["seed"] = operator.index(others.get("seed", 0))        # also one of NumPy's integers
+    others["seed"] = operator.index(others.get("seed", 0))        # NumPy's integers are fine, too
     check_settings(dict(others, width=width, height=height))
     if mask is not None and image is None:
         raise InputError("a mask needs an image that it belongs to")
@@ -2252,10 +2254,10 @@ def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None
         ratio = (image.width / image.height) ** 0.5
         own = [max(stride, round(it / stride) * stride) for it in (side * ratio, side / ratio)]
         width, height = width or own[0], height or own[1]
-    size = (width or side, height or side)
-    if size[0] % stride or size[1] % stride:
-        raise InputError(f"width and height must be multiples of {stride}, not {size[0]} and "
-                         f"{size[1]}")
+    width, height = size = (width or side, height or side)
+    if width % stride or height % stride:
+        raise InputError(f"width and height must be multiples of {stride}, not {width} and "
+                         f"{height}")
     if isinstance(image, Image.Image):
         if image.size != size:
             say(f"the picture of {image.width} x {image.height} is used at {width} x {height}")
@@ -2266,7 +2268,7 @@ def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None
         mask = to_tensor([ImageOps.fit(open_image(mask, to_mask), size)])[:, :1] > 0
         if not mask.any():
             say("the mask repaints nothing: no pixel of it is brighter than half of white")
-    return dict(others, image=image, mask=mask, width=size[0], height=size[1], latents=latents)
+    return dict(others, image=image, mask=mask, width=width, height=height, latents=latents)
 
 
 def check_header(header: dict[str, str]) -> None:
@@ -2275,7 +2277,7 @@ def check_header(header: dict[str, str]) -> None:
     tokenizer = json.loads(header["tokenizer"])
     vocab = tokenizer["model"]["vocab"]
     added = sum(token["content"] not in vocab for token in tokenizer["added_tokens"])
-    c.name.encode()                       # no half letters
+    c.name.encode()                       # raises for lone surrogates
     texts = list(filter(None, (c.text, c.text_2)))
     for part in (c, *texts, c.vae, c.unet, c.schedule):
         for it in fields(part):
@@ -2364,7 +2366,7 @@ class LatentDiffusion(LatentDiffusion):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         image = super().decode_latents(latents)
-        if not image.isfinite().all():           # or a black picture would be drawn
+        if image.isnan().any():                  # or a black picture would be drawn
             raise InputError(f"the picture is not finite in {self.dtype}; use float32, or other "
                              "weights")
         return image
@@ -2390,8 +2392,8 @@ class LatentDiffusion(LatentDiffusion):
                              "at least one prompt, and one negative prompt for all or one for each")
         if shape[1:] != negative_shape[1:] or shape[2:] != [width]:
             raise InputError(f"the context of the prompt is {shape} and that of the negative "
-                             f"prompt {negative_shape}; wanted: [prompts, words, {width}], and as "
-                             "many words in both")
+                             f"prompt {negative_shape}; wanted: [prompts, words, {width}], and "
+                             "the same number of words in both")
         return dict(settings, prompt=prompt, negative_prompt=negative_prompt)
 
     def shape_of(self, prompts: str | list[str] | Tensor | Text | None) -> list[int]:
@@ -2421,7 +2423,7 @@ def pick_device(name: str | torch.device) -> torch.device:
 def keep_freed_memory() -> None:
     """Tells glibc to keep large freed buffers. By default it gives them back to the kernel, and
     then each layer's output costs thousands of page faults: a step takes up to 2.6 times as long.
-    Other C libraries do not have the call, nor the habit."""
+    Where there is no such call, nothing changes."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)             # M_MMAP_MAX: no buffer gets a mapping of its own
@@ -2442,10 +2444,10 @@ def compile_networks(ldm: LatentDiffusion) -> None:
 
 # %% 13. Training runs
 # --------------------------------------------------------------------------------------------------
-# The loop of section 9 with data, progress, and checkpoints. Everything random in step n is drawn
-# from a generator seeded with n, so that a run that was interrupted continues exactly as if it had
-# not been. With `torchrun --nproc-per-node N` each of N processes takes its part of every batch,
-# with noise of its own, and PyTorch averages the gradients. Notebook 6 trains.
+# The loop of section 9 with data, progress, and checkpoints. What is random in a step depends only
+# on the seed and the step's number, so that a run that was interrupted continues exactly as if it
+# had not been. With `torchrun --nproc-per-node N` each of N processes takes its part of every
+# batch, with noise of its own, and PyTorch averages the gradients. Notebook 6 trains.
 
 @dataclass
 class FolderData:
@@ -2488,7 +2490,8 @@ class FolderData:
 
 
 def clean(caption: str) -> str:
-    """What a tokenizer can take: no half letters, and not so much that it takes long."""
+    """Without spaces around it, and not so long that a tokenizer takes long. Raises for lone
+    surrogates (halves of a letter), which no tokenizer takes."""
     caption.encode()
     return caption.strip()[:10_000]
 
@@ -2512,7 +2515,7 @@ class Objective(nn.Module):
             self.kernels.append(SDPBackend.FLASH_ATTENTION)
 
     def forward(self, step: int) -> Tensor:
-        # In bfloat16 the products are rounded; weights, gradients and norms stay float32
+        # In bfloat16 the products are rounded; weights and their gradients stay float32
         half = torch.autocast(self.ldm.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with sdpa_kernel(self.kernels), half:
             return self.loss_of(step)
@@ -2530,7 +2533,7 @@ class Trainer:
     checkpoint: dict              # what run it is of, and where it goes on from
 
     def __post_init__(self):
-        # second_stage uses each batch eight times
+        # second_stage uses the same ones up to eight times
         self.encoded = functools.lru_cache(maxsize=8)(self.encoded)
 
     def generator(self, step: int) -> torch.Generator:
@@ -2538,13 +2541,13 @@ class Trainer:
         number = self.seed * 1_000_003 + step * WORLD + RANK
         return torch.Generator().manual_seed(number % 2**63)
 
-    def pictures(self, number: int, count: int) -> tuple[Tensor, list[str]]:
+    def pictures(self, number: int, count: int) -> tuple[Tensor, tuple[str, ...]]:
         """Batch `number` of this process: pictures [count, 3, H, W] and their captions."""
         first = (number * WORLD + RANK) * count
         pictures, captions = zip(*[self.data.item(i) for i in range(first, first + count)])
         return to_tensor(pictures).to(self.ldm.device), captions
 
-    def encoded(self, number: int, count: int) -> tuple[Tensor, list[str]]:
+    def encoded(self, number: int, count: int) -> tuple[Tensor, tuple[str, ...]]:
         """The same with latents in place of the pictures."""
         images, captions = self.pictures(number, count)
         return self.ldm.encode_image(images, self.generator(2**40 + number)), captions
@@ -2567,7 +2570,8 @@ class Trainer:
 
     def second_stage(self, batch: int, step: int) -> Tensor:
         """The loss of a step of stage 2. Encoding is costly, so every picture is used in eight
-        steps, with other noise: an eighth of each batch is new."""
+        steps, with other noise: an eighth of each batch is new. (If 8 does not divide the batch,
+        fewer steps.)"""
         ldm, rng = self.ldm, self.generator(step)
         uses = math.gcd(8, batch)
         parts = [self.encoded(number, batch // uses) for number in range(step, step + uses)]
@@ -2578,10 +2582,12 @@ class Trainer:
 
     def fit(self, stage: str, loss_of: Callable[[int], Tensor], steps: int) -> None:
         """Trains what this stage trains, then puts the averages of the weights in their place."""
-        ldm = self.ldm.requires_grad_(False)
-        averaged = copy.deepcopy(ldm)
-        weights = {name: p.requires_grad_() for name, p in ldm.named_parameters()
-                   if name.startswith("vae.") == (stage == "vae")}
+        averaged = copy.deepcopy(self.ldm).requires_grad_(False)
+        ldm = self.ldm.requires_grad_(stage == "unet")
+        ldm.vae.requires_grad_(stage == "vae")
+        if ldm.config.text.penultimate:
+            ldm.text_encoder.layers[-1].requires_grad_(False)     # nothing uses what it gives
+        weights = {name: p for name, p in ldm.named_parameters() if p.requires_grad}
         averages = [averaged.get_parameter(name) for name in weights]
         optimizer = make_optimizer(weights)
         start = 0
@@ -2599,12 +2605,14 @@ class Trainer:
         saved = time.monotonic()
         losses = []
         for step, loss in bar:
-            if not math.isfinite(loss):           # the checkpoint must not be spoiled, too
-                raise InputError(f"the loss is {loss} at step {step}; begin with other weights")
             losses.append(loss)
             bar.set_postfix(loss=np.mean(losses[-100:]), refresh=False)
-            due = time.monotonic() - saved > 60 * self.save_minutes
-            if RANK == 0 and (due or step == steps - 1):
+            due = step == steps - 1 or time.monotonic() - saved > 60 * self.save_minutes
+            # The checkpoint must not be spoiled, too; gradients can be that a finite loss had
+            if not math.isfinite(loss) or due and not all(p.isfinite().all() for p in averages):
+                raise InputError(f"after step {step}, with a loss of {loss}, not all weights are "
+                                 "finite; begin with other weights or another seed")
+            if RANK == 0 and due:
                 state = dict(averaged.header(), run=self.checkpoint["run"], stage=stage,
                              step=step + 1, model=ldm.state_dict(),
                              averaged=averaged.state_dict(), optimizer=optimizer.state_dict())
@@ -2658,16 +2666,22 @@ def new_model(config: Config, captions: list[str]) -> LatentDiffusion:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes what a killed run had half written. (Not of a name so long that write_whole cuts it,
-    which may begin as another run's does.)"""
+    """Removes what a killed run had half written. (Not for a name so long that write_whole cuts it:
+    another run's may begin in the same way.)"""
     if len(out.name) < 30:
         for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
             leftover.unlink(missing_ok=True)
 
 
-def join_processes() -> None:
-    """Lets the processes that torchrun started find each other."""
+def join_processes(*batches: int) -> None:
+    """Lets the processes that torchrun started find each other, each with a GPU of its own where
+    there are any. Raises InputError unless they can share the batches."""
+    if any(batch % WORLD for batch in batches):
+        raise InputError(f"{WORLD} processes can't share batches of {batches} pictures evenly; "
+                         "choose other batches, or another number of processes")
     if WORLD > 1 and not torch.distributed.is_initialized():
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
         # However training ends: a thread of the group that outlived Python would abort the process
         atexit.register(torch.distributed.destroy_process_group)
@@ -2688,13 +2702,11 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
     check_output(out, ".safetensors")
     if dtype == torch.float16:
         raise InputError("in float16 gradients are too small to train with; use bfloat16")
-    if vae_batch % WORLD or unet_batch % WORLD:
-        raise InputError(f"choose batches that {WORLD} processes can share evenly")
     start = "nothing" if weights is None else os.path.realpath(weights)
     run = [source if source == "shapes" else os.path.realpath(source), start, str(seed)]
     checkpoint = read_checkpoint(out, run, force)
     remove_leftovers(out)
-    join_processes()
+    join_processes(vae_batch, unet_batch)
     device = pick_device(device)
     torch.manual_seed(seed)
     ldm = None
@@ -2704,7 +2716,7 @@ def train_model(source: str, out: str | Path, *, weights: str | Path | None = No
         ldm = LatentDiffusion.load(weights, "cpu")
     config = ldm.config if ldm else config
     if config.unet.in_channels != config.vae.latent_channels or config.text_2:
-        raise InputError(f"{weights} is {config.name}, which can't be trained here")
+        raise InputError(f"{config.name} can't be trained here")
     data = ShapesData(config.image_size, seed)
     if source != "shapes":
         data = FolderData(Path(source), config.image_size, seed)
@@ -2778,24 +2790,28 @@ def parameters_text(args: argparse.Namespace, settings: dict, model: str) -> str
 
 
 def picture_paths(args: argparse.Namespace) -> list[Path]:
-    """Where the pictures go: -o, or a name made of prompt and seed; several have the seed in it.
-    Raises InputError if one would replace another."""
+    """Where the pictures go: -o, or a name made of prompt and seed; if there are several, each name
+    has its seed, too. Raises InputError if what is written would replace one another, or what is
+    read."""
     words = re.sub(r"\W+", "-", args.prompt.lower())[:57].strip("-")
     path = Path(args.output or f"{words or 'picture'}.png")
+    check_output(path, ".png")
     paths = [path]
     if args.count > 1 or not args.output:
         paths = [path.with_name(f"{path.stem}-{args.seed + i}.png") for i in range(args.count)]
-    files = (*paths, args.film, args.image, args.mask)
-    names = [os.path.realpath(file) for file in files if file]
-    if len(set(names)) < len(names):
-        raise InputError("-o, --film, --image and --mask must be different files")
+    named = paths if args.output else []         # other names give way to what is there
+    written = [os.path.realpath(file) for file in (*named, args.film) if file]
+    read = [os.path.realpath(file) for file in (args.image, args.mask) if file]
+    if len({*written, *read}) < len(written) + len(set(read)):
+        raise InputError("-o and --film must be different files, and not --image or --mask")
     return paths
 
 
-def free_name(path: Path) -> Path:
-    """The first of x.png, x_2.png, x_3.png ... that does not exist."""
+def free_name(path: Path, film: str | None) -> Path:
+    """The first of x.png, x_2.png, x_3.png ... that does not exist and will not be the film's."""
     name, numbers = path, itertools.count(2)
-    while os.path.lexists(name):
+    film = os.path.realpath(film or "")
+    while os.path.lexists(name) or os.path.realpath(name) == film:
         name = path.with_name(f"{path.stem}_{next(numbers)}.png")
     return name
 
@@ -2810,7 +2826,6 @@ def make_pictures(args: argparse.Namespace) -> None:
     with input_errors("the prompt is not UTF-8 text", "check the terminal's encoding"):
         f"{args.prompt} {args.negative_prompt}".encode()
     paths = picture_paths(args)
-    check_output(paths[0], ".png")
     check_output(args.film or paths[0], ".png", ".gif")
     ldm = LatentDiffusion.load(args.weights, args.device, args.dtype)
     names = ("steps", "sampler", "guidance_scale", "eta", "strength", "image", "mask", "width",
@@ -2825,7 +2840,7 @@ def make_pictures(args: argparse.Namespace) -> None:
         picture, = ldm.generate(args.prompt, args.negative_prompt, **settings,
                                 on_step=lambda step: guesses.append(step.x0))
         if not args.output:                    # only now: another command may be at work here, too
-            path = free_name(path)
+            path = free_name(path, args.film)
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", parameters_text(args, settings, ldm.config.name))
         write_whole(path, partial(picture.save, format="PNG", pnginfo=info))
@@ -2849,7 +2864,8 @@ def save_film(films: list[list[Image.Image]], moving: bool, file: str) -> None:
 
 
 def say_what_is_lost(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """A prompt can be too long, and most words the built-in model has never met."""
+    """Says which end of the prompt is cut off, and which of its words the built-in model has never
+    met."""
     rest = tokenizer.backend.encode(args.prompt).tokens[tokenizer.max_length - 2 :]
     if rest:
         say(f"the prompt is too long; cut off: {shortened(''.join(rest).replace('</w>', ' '))}")
@@ -2874,6 +2890,8 @@ def run(argv: list[str] | None) -> None:
         settings = {name: value for name, value in vars(args).items()
                     if name in train_model.__kwdefaults__}
         train_model(args.train, args.output, **settings)
+        if RANK == 0:
+            print(args.output)
 
 
 def main(argv: list[str] | None = None, command: Callable = run) -> int:
@@ -2890,8 +2908,8 @@ def main(argv: list[str] | None = None, command: Callable = run) -> int:
     except Exception as error:
         message = str(error)
         if is_out_of_memory(error):
-            message = (f"not enough memory ({message}); close other programs, make a smaller "
-                       "picture, or use --dtype bfloat16")
+            message = (f"not enough memory ({message}); close other programs, use smaller "
+                       "pictures or batches, or --dtype bfloat16")
         elif not isinstance(error, (InputError, OSError)):
             raise
         say(message)
@@ -2899,10 +2917,10 @@ def main(argv: list[str] | None = None, command: Callable = run) -> int:
 
 
 def console(command: Callable = run) -> None:
-    """main as a program, also where stdout and stderr are closed or know few letters."""
+    """main as a program, also where stdout and stderr are closed or can't write every letter."""
     for ending in (signal.SIGINT, signal.SIGTERM):                # nothing half-written stays then
         signal.signal(ending, signal.default_int_handler)
-    sys.unraisablehook = lambda _: None           # a bar that is interrupted while it is made
+    sys.unraisablehook = lambda _: None           # of a progress bar that is interrupted
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")

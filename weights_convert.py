@@ -56,21 +56,18 @@ XL_TEXT_2 = "conditioner.embedders.1.model"
 
 # CLIP's text encoder and what is in a transformer block have the same names in both
 TEXT_ENCODER = [
-    ("token_embedding", "embeddings.token_embedding"),
-    ("position_embedding", "embeddings.position_embedding"),
-    (".layers.", ".encoder.layers."), (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."),
+    (".token_", ".embeddings.token_"), (".position_", ".embeddings.position_"),
+    (".layers.", ".encoder.layers."), ("norm", "layer_norm"), (".fc", ".mlp.fc"),
     (".attention.to_q.", ".self_attn.q_proj."), (".attention.to_k.", ".self_attn.k_proj."),
     (".attention.to_v.", ".self_attn.v_proj."), (".attention.to_out.", ".self_attn.out_proj."),
-    (".fc1.", ".mlp.fc1."), (".fc2.", ".mlp.fc2."), ("final_norm", "final_layer_norm"),
     (".projection.", ".text_projection.")]
 # OpenCLIP keeps q, k and v in one matrix
 OPEN_CLIP = [
-    ("position_embedding.weight", "positional_embedding"),
-    (".layers.", ".transformer.resblocks."), (".norm1.", ".ln_1."), (".norm2.", ".ln_2."),
-    (".attention.to_out.", ".attn.out_proj."), (".attention.to_q.", ".attn.in_proj_"),
-    (".attention.to_k.", ".attn.in_proj_"), (".attention.to_v.", ".attn.in_proj_"),
-    (".fc1.", ".mlp.c_fc."), (".fc2.", ".mlp.c_proj."), ("final_norm", "ln_final"),
-    (".projection.weight", ".text_projection")]
+    ("position_embedding.weight", "positional_embedding"), (".norm", ".ln_"),
+    (".layers.", ".transformer.resblocks."), (".attention.to_out.", ".attn.out_proj."),
+    (".attention.to_q.", ".attn.in_proj_"), (".attention.to_k.", ".attn.in_proj_"),
+    (".attention.to_v.", ".attn.in_proj_"), (".fc1.", ".mlp.c_fc."), (".fc2.", ".mlp.c_proj."),
+    ("final_norm", "ln_final"), (".projection.weight", ".text_projection")]
 TRANSFORMER = [
     (".blocks.", ".transformer_blocks."), (".self_attention.", ".attn1."),
     (".cross_attention.", ".attn2."), (".to_out.", ".to_out.0."),
@@ -88,35 +85,27 @@ OFFICIAL_RES_BLOCK = [
 # The first of these are in no level
 DIFFUSERS = [
     ("unet.down_blocks.0.0.", "unet.conv_in."), ("unet.norm_out", "unet.conv_norm_out"),
-    ("unet.mid_block.0.", "unet.mid_block.resnets.0."),
-    ("unet.mid_block.1.", "unet.mid_block.attentions.0."),
-    ("unet.mid_block.2.", "unet.mid_block.resnets.1."),
-    ("vae.encoder.0.", "vae.encoder.conv_in."), ("vae.decoder.0.", "vae.decoder.conv_in."),
-    ("vae.encoder.12.", "vae.encoder.mid_block.resnets.0."),
-    ("vae.encoder.13.", "vae.encoder.mid_block.attentions.0."),
-    ("vae.encoder.14.", "vae.encoder.mid_block.resnets.1."),
-    ("vae.decoder.1.", "vae.decoder.mid_block.resnets.0."),
-    ("vae.decoder.2.", "vae.decoder.mid_block.attentions.0."),
-    ("vae.decoder.3.", "vae.decoder.mid_block.resnets.1."),
-    ("encoder.15.", "encoder.conv_norm_out."), ("encoder.17.", "encoder.conv_out."),
+    ("encoder.0.", "encoder.conv_in."), ("decoder.0.", "decoder.conv_in."),
+    ("encoder.12.", "encoder.mid_block.0."), ("encoder.13.", "encoder.mid_block.1."),
+    ("encoder.14.", "encoder.mid_block.2."), ("encoder.15.", "encoder.conv_norm_out."),
+    ("encoder.17.", "encoder.conv_out."), ("decoder.1.", "decoder.mid_block.0."),
+    ("decoder.2.", "decoder.mid_block.1."), ("decoder.3.", "decoder.mid_block.2."),
     ("decoder.19.", "decoder.conv_norm_out."), ("decoder.21.", "decoder.conv_out."),
-    ("time_embedding.0", "time_embedding.linear_1"),
-    ("time_embedding.2", "time_embedding.linear_2"),
-    ("vector_embedding.0", "add_embedding.linear_1"),
-    ("vector_embedding.2", "add_embedding.linear_2"),
+    ("mid_block.0.", "mid_block.resnets.0."), ("mid_block.1.", "mid_block.attentions.0."),
+    ("mid_block.2.", "mid_block.resnets.1."), ("vector_embedding", "add_embedding"),
+    ("_embedding.0.", "_embedding.linear_1."), ("_embedding.2.", "_embedding.linear_2."),
     (".emb_proj.", ".time_emb_proj."), (".skip.", ".conv_shortcut."),
     ("coder.mid_block.attentions.0.norm.", "coder.mid_block.attentions.0.group_norm."),
     (".attention.", ".")]
-# CompVis' VAE is so much like diffusers' that the way is shorter from there. Careful, also on the
-# way up level 0 is the one of the largest pictures
+# CompVis names its VAE so much like diffusers does that it is shorter to start from there. Careful,
+# on the way up, too, level 0 is the one of the largest pictures
 OFFICIAL_VAE = [
-    ("up_blocks.0.", "up.3."), ("up_blocks.1.", "up.2."), ("up_blocks.2.", "up.1."),
-    ("up_blocks.3.", "up.0."),
     ("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2."),
-    ("mid_block.attentions.0.", "mid.attn_1."), (".group_norm.", ".norm."), (".to_q.", ".q."),
-    (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."), ("down_blocks.", "down."),
-    (".resnets.", ".block."), ("samplers.0.", "sample."), ("conv_norm_out", "norm_out"),
-    (".conv_shortcut.", ".nin_shortcut.")]
+    ("mid_block.attentions.0.", "mid.attn_1."), (".group_norm.", ".norm."),
+    (".to_out.0.", ".proj_out."), (".to_", "."), ("up_blocks.0.", "up.3."),
+    ("up_blocks.1.", "up.2."), ("up_blocks.2.", "up.1."), ("up_blocks.3.", "up.0."),
+    ("down_blocks.", "down."), (".resnets.", ".block."), ("samplers.0.", "sample."),
+    ("conv_norm_out", "norm_out"), (".conv_shortcut.", ".nin_shortcut.")]
 
 # In official files these are 1x1 convolutions (the first ones only in 1.x), in ours they are linear
 CONVOLUTIONS = re.compile(r"(unet.*\.\d\.proj_(in|out)|vae.*\.attention\.to_\w+)\.weight")
@@ -129,9 +118,8 @@ LEVELS = {"unet.down_blocks": ("unet.down_blocks", "downsamplers.0", 1, 3),
 
 
 def renamed(name: str, *tables: list[tuple[str, str]]) -> str:
-    for table in tables:
-        for ours, theirs in table:
-            name = name.replace(ours, theirs)
+    for ours, theirs in sum(tables, []):
+        name = name.replace(ours, theirs)
     return name
 
 
@@ -167,12 +155,10 @@ def official_name(name: str, c: Config) -> str:
         return renamed(name, table).replace(part, theirs)
     if part == "vae":
         return renamed(diffusers_name(name), OFFICIAL_VAE).replace("vae", VAE)
-    in_transformer = ".blocks." in name           # where norm1 and norm2 keep their names
-    name = renamed(name, OFFICIAL_UNET, TRANSFORMER)
-    if not in_transformer:
-        name = renamed(name, OFFICIAL_RES_BLOCK)
-    name = re.sub(r"(input_blocks\.\d+\.0)\.conv\.", r"\1.op.", name)
-    return name.replace("unet", UNET)
+    # In a transformer norm1 and norm2 keep their names
+    inside = TRANSFORMER if ".blocks." in name else OFFICIAL_RES_BLOCK
+    name = renamed(name, OFFICIAL_UNET, inside)
+    return re.sub(r"(input_blocks\.\d+\.0)\.conv\.", r"\1.op.", name).replace("unet", UNET)
 
 
 class Entry(NamedTuple):
@@ -183,6 +169,10 @@ class Entry(NamedTuple):
     diffusers: str
     third: int | None = None      # which third of the official tensor it is: 0 q, 1 k, 2 v
     turned: bool = False          # OpenCLIP multiplies with its projection from the other side
+
+    def place(self, official: bool) -> tuple[str, tuple[int, ...]]:
+        """Name and shape in an official file, or in a diffusers folder."""
+        return (self.official, self.official_shape) if official else (self.diffusers, self.shape)
 
 
 @functools.cache
@@ -234,29 +224,27 @@ e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff sd_xl_base_1.0_
 e869ac7d6942cb327d68d5ed83a40447aadf20e0c3358d98b2cc9e270db0da26 sd_xl_turbo_1.0_fp16.safetensors
 9730e344ed7098b31e435c9df23be162b95385a764ba36f491316af2925546f4 sd_xl_turbo_1.0.safetensors
 """.strip().splitlines())
-KNOWN_SIZES = [(4_265_000_000, 4_275_000_000), (7_703_000_000, 7_704_000_000),
-               (5_214_000_000, 5_215_000_000), (6_938_000_000, 6_939_000_000),
-               (13_875_000_000, 13_876_000_000)]
+KNOWN_SIZES = (4.27, 5.21, 6.94, 7.7, 13.88)      # in GB; only such files are read for their hash
 
 # The networks, by either layout's names. What else a file holds is not theirs and is ignored:
 # tables of the schedule, counters, losses, a safety checker, what trainings leave behind
 NETWORKS = re.compile(rf"({UNET}|{TEXT}|{OPEN_TEXT}|{XL_TEXT}|{XL_TEXT_2}|unet|vae|text_encoder"
                       rf"|text_encoder_2|{VAE}\.(encoder|decoder|quant_conv|post_quant_conv))\.")
-# What is used nowhere: the numbers 0 to 76; CLIP's last layer, which compares texts with pictures;
-# the tables of the schedule, which are compared with ours; the second U-Net
+# What is known and in no network of ours: the numbers 0 to 76; what CLIP compares texts with
+# pictures by; marks and tables of the schedule, which section 4 reads; the averaged U-Net
 UNUSED = re.compile(r".*\.(position_ids|logit_scale|attn_mask|text_projection(\.weight)?)"
                     r"|betas|\w*alphas_cumprod\w*|posterior_\w+|denoiser\.sigmas|scale_factor"
                     r"|model_ema\..*|v_pred")
 # An address or the name of a hub repository, and perhaps of a file in it
 HUB_ID = re.compile(r"((https?://)?(www\.)?(huggingface\.co|hf\.co)/)?"
                     r"(?P<repository>[\w.-]+/[\w.-]+)"
-                    r"(/(tree|blob|resolve)/(?P<revision>[^/?]+)/?(?P<file>[^?]*))?/?([?#].*)?")
+                    r"(/(tree|blob|resolve)/(?P<revision>[^/?#]+)/?(?P<file>[^?#]*))?/?([?#].*)?")
 
 
 def recognised(path: Path) -> str:
     """The name of an official file, by size and sha256; "" for any other."""
     size, digest = path.stat().st_size, hashlib.sha256()
-    if not any(low <= size <= high for low, high in KNOWN_SIZES):
+    if round(size / 1e9, 2) not in KNOWN_SIZES:
         return ""
     with open(path, "rb") as raw, tqdm.wrapattr(raw, "read", size, desc="sha256") as file:
         while block := file.read(1 << 22):
@@ -292,7 +280,7 @@ class Inert:
     __setstate__ = __setitem__ = append = extend = add = as_strided = __init__
 
 
-# All of them are harmless then, but whoever asks for one of these means harm
+# As Inert they are all harmless, but whoever asks for one of these means harm
 HARMFUL = re.compile(r"(os|posix|nt|sys|subprocess|shutil|socket|importlib|runpy|pty|ctypes"
                      r"|webbrowser)\..*|(builtins|__builtin__)\.(eval|exec|execfile|compile|open"
                      r"|setattr|__import__|apply|input|breakpoint)")
@@ -303,11 +291,10 @@ class Reader(pickle.Unpickler):
     here it can name what is in MADE, and gets an Inert for all else."""
 
     def __init__(self, path: Path):
-        archive = zipfile.ZipFile(path)
-        self.entries = {entry.filename: entry for entry in archive.infolist()}
+        archive = self.archive = zipfile.ZipFile(path)
         if any(entry.compress_type for entry in archive.infolist()):
-            raise ValueError("it is compressed")          # torch never does; a zip bomb is
-        name = next((name for name in self.entries if name.endswith("data.pkl")), None)
+            raise ValueError("it is compressed")          # torch never compresses; zip bombs do
+        name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
         if name is None:
             raise ValueError("it is a zip, but none that torch wrote")
         self.path, self.folder = path, name.removesuffix("data.pkl")
@@ -328,7 +315,7 @@ class Reader(pickle.Unpickler):
             return Inert()
         if not count:
             return torch.zeros(0, dtype=dtype)
-        entry = self.entries[f"{self.folder}data/{key}"]
+        entry = self.archive.getinfo(f"{self.folder}data/{key}")
         if count * dtype.itemsize > entry.file_size:
             raise ValueError(f"{entry.filename} is too short")
         # A zip has a header before each entry, too: 30 bytes, the name, and padding
@@ -367,7 +354,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError("it holds no table of tensors")
     if "string_to_param" in found:
         raise InputError(f"{path} is a textual inversion, which adds a word to a checkpoint and is "
-                         "none")
+                         "not one itself")
     places = [found.get(key) for key in ("state_dict", "model", "module", "ema")]
     table = next((place for place in places if isinstance(place, dict)), found)
     # detach: a pickle may hang anything on a tensor, also in place of its methods
@@ -386,16 +373,16 @@ def read_official(path: Path) -> dict[str, Tensor]:
         if "vision_model" not in name:
             name = renamed(name, spellings)
         if name in tensors and not torch.equal(tensors[name].flatten(), t.flatten()):
-            raise InputError(f"{path} holds {name} twice, by two names, with other values; get it "
-                             "again")
+            raise InputError(f"{path} holds {name} twice, under two names, with different "
+                             "values; get it again")
         tensors[name] = t
     return tensors
 
 
 def choose_unet(tensors: dict[str, Tensor], ema: bool | None, known: str) -> None:
     """A file may hold two U-Nets: as trained, and the average of its weights (EMA). In the files on
-    record the average is the released model; in others it is often that of the model before. Puts
-    the one to take in the place of the first. Raises InputError."""
+    record the average is the released model; in others it is often still that of the model that
+    they began from. Puts the chosen one under the plain one's names. Raises InputError."""
     unet = [e.official for e in name_map(SD1).values() if e.official.startswith(UNET)]
     # model.diffusion_model.out.2.bias has its average in model_ema.diffusion_modelout2bias
     averages = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in unet}
@@ -407,7 +394,9 @@ def choose_unet(tensors: dict[str, Tensor], ema: bool | None, known: str) -> Non
         raise InputError("the file holds the averaged U-Net alone; leave out --no-ema")
     if there < len(averages):
         count = f"the file holds {there} of the {len(averages)} tensors of an averaged U-Net"
-        if ema or not plain:
+        if not plain:
+            raise InputError(f"{count}, and no other; get it again")
+        if ema:
             raise InputError(f"{count}; leave out --ema, or get the file again")
         say(f"{count}; taking the plain one")
     elif ema or not plain or (known and ema is None):
@@ -440,7 +429,8 @@ def best_files(source: str | Path, there: list[str]) -> dict[str, list[str]]:
         names = part_files(part)
         found = [name for name in names if name in shards]
         if not found and part == "text_encoder" and "text_encoder_2" in parts:
-            raise InputError(f"{source} is the refiner of Stable Diffusion XL, no model by itself")
+            raise InputError(f"{source} is the refiner of Stable Diffusion XL, not a model by "
+                             "itself")
         if not found:
             files = ", ".join(name for name in sorted(there) if "." in name)
             raise InputError(f"{source} lacks {names[0]}, so it is no diffusers folder; pass a "
@@ -452,7 +442,7 @@ def best_files(source: str | Path, there: list[str]) -> dict[str, list[str]]:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a diffusers folder, as unet.*, vae.* and text_encoder.*."""
+    """The tensors of a diffusers folder, as unet.*, vae.*, text_encoder.* and text_encoder_2.*."""
     # The VAE's attention had other names before diffusers 0.15
     former = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
               (".proj_attn.", ".to_out.0.")]
@@ -469,23 +459,18 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 def snapshot_in(folder: Path) -> Path:
     """A folder of the hub's cache (models--owner--name) -> its main branch in it, or else the
     latest; any other -> itself."""
-    snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
-    if not snapshots:
-        return folder
+    snapshots = {path.name: path for path in folder.glob("snapshots/*") if path.is_dir()}
     main = folder / "refs" / "main"
-    if main.is_file():
-        named = folder / "snapshots" / main.read_text(errors="replace").strip()
-        if named in snapshots:
-            return named
-    return max(snapshots, key=os.path.getmtime)
+    named = main.read_text(errors="replace").strip() if main.is_file() else ""
+    latest = max(snapshots.values(), key=os.path.getmtime, default=folder)
+    return snapshots.get(named, latest)
 
 
 def on_the_hub(source: str) -> re.Match | None:
     """The parts of an address or a name on the hub; None for what is here, or looks like a file."""
     address = HUB_ID.fullmatch(source)
-    if Path(source).exists():
-        return None
-    if address and not address["file"] and source.endswith((".ckpt", ".safetensors")):
+    is_file = source.endswith((".ckpt", ".safetensors", ".bin", ".pt"))
+    if Path(source).exists() or address and is_file and not address["file"]:
         return None
     return address
 
@@ -502,9 +487,7 @@ def download(address: re.Match) -> Path:
             there = HfApi().list_repo_files(repository, revision=revision)
         except Exception:             # without a network this gives what is in the cache
             return Path(snapshot_download(repository, revision=revision, allow_patterns=[]))
-        wanted = ["*.json", "tokenizer/*"]
-        for files in best_files(repository, there).values():
-            wanted += files
+        wanted = ["*.json", "tokenizer/*", *sum(best_files(repository, there).values(), [])]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
 
 
@@ -532,8 +515,7 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
             vocab, merges = found["model"]["vocab"], found["model"]["merges"]
             if isinstance(merges[0], str):            # older files
                 merges = [pair.split() for pair in merges]
-            for token in found.get("added_tokens", []):
-                added[token["content"]] = token["id"]
+            added |= {token["content"]: token["id"] for token in found.get("added_tokens", [])}
         else:
             opener = gzip.open if source.suffix == ".gz" else open
             with opener(check_file(source), "rb") as file:
@@ -542,7 +524,7 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
             vocab = openai_vocab(merges)
         backend = clip_backend(vocab, merges)
         backend.add_tokens(sorted(added.keys() - {BOS, EOS}, key=added.get))
-        for word, number in added.items():            # they must follow the others'
+        for word, number in added.items():            # they must follow the vocabulary's
             if backend.token_to_id(word) != number:
                 raise ValueError(f"the added token {word} can't have the number {number}")
         return backend
@@ -550,7 +532,7 @@ def read_tokenizer(source: Path) -> tokenizers.Tokenizer:
 
 def openai_vocab(merges: list[list[str]]) -> dict[str, int]:
     """OpenAI's order: the 256 bytes, each written as a letter (first those that are printable), the
-    same at the end of a word, the merges, the two marks."""
+    same at the end of a word, the merges, BOS and EOS."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     endings = [letter + "</w>" for letter in letters]
     merged = ["".join(pair) for pair in merges]
@@ -560,21 +542,20 @@ def openai_vocab(merges: list[list[str]]) -> dict[str, int]:
 
 def find_tokenizer(given: str | None, path: Path) -> tokenizers.Tokenizer:
     """The one given; or the folder's; or the hub's."""
-    if given is not None:
-        return read_tokenizer(Path(given))
-    if (path / "tokenizer").is_dir():
-        return read_tokenizer(path / "tokenizer")
-    from huggingface_hub import hf_hub_download
-    with input_errors("no vocabulary: the hub can't be reached", WHAT_TO_PASS):
-        file = hf_hub_download("openai/clip-vit-large-patch14", "tokenizer.json")
-    return read_tokenizer(Path(file))
+    if given is None and (path / "tokenizer").is_dir():
+        given = path / "tokenizer"
+    if given is None:
+        from huggingface_hub import hf_hub_download
+        with input_errors("no vocabulary: the hub can't be reached", WHAT_TO_PASS):
+            given = hf_hub_download("openai/clip-vit-large-patch14", "tokenizer.json")
+    return read_tokenizer(Path(given))
 
 
 # %% 4. Checking
 # --------------------------------------------------------------------------------------------------
 
 def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
-    """Names what is no Stable Diffusion 1.x, 2.x or XL. Raises InputError."""
+    """Refuses, by its name, what is not Stable Diffusion 1.x, 2.x or XL. Raises InputError."""
     marks = {"Stable Diffusion 3": r"\bjoint_blocks\.", "Flux": r"\bdouble_blocks\.",
              "CosXL, whose schedule is another": r"^edm_vpred\.sigma_max$",
              "Playground, whose schedule is another": r"^edm_mean$",
@@ -582,49 +563,42 @@ def refuse_others(tensors: dict[str, Tensor], source: str) -> None:
              "a distilled model that takes the guidance scale as an input":
                  r"\btime_embed(ding)?\.cond_proj\."}
     if f"{OPEN_TEXT}.token_embedding.weight" in tensors:
-        marks["the refiner of Stable Diffusion XL, no model by itself"] = rf"^{UNET}\.label_emb\."
+        marks["the refiner of Stable Diffusion XL, not a model by itself"] = rf"^{UNET}\.label_emb\."
     if not any(name.endswith("token_embedding.weight") for name in tensors):
-        marks["a LoRA, which changes a checkpoint and is none"] = r"lora_|\.lora\."
-        marks["a textual inversion, which adds a word to a checkpoint and is none"] = "^emb_params$"
+        marks["a LoRA, which changes a checkpoint and is not one itself"] = r"lora_|\.lora\."
+        marks["a textual inversion, which adds a word to a checkpoint and is not one itself"] = (
+            "^emb_params$")
     for kind, mark in marks.items():
         if any(re.search(mark, name) for name in tensors):
             raise InputError(f"{source} is {kind}; only Stable Diffusion 1.x, 2.x and XL can be "
                              "converted")
 
 
-def places_of(c: Config, official: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our name of each tensor -> its name and shape in an official file or a diffusers folder."""
-    if official:
-        return {ours: (e.official, e.official_shape) for ours, e in name_map(c).items()}
-    return {ours: (e.diffusers, e.shape) for ours, e in name_map(c).items()}
-
-
 def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
     """SD1, SD2 or SDXL, or its inpainting variant, with the widths that the tensors have: a
     fine-tune's are the same, a test's are smaller. Raises ValueError."""
     def shape(ours: str) -> tuple[int, ...]:
-        theirs, _ = places[f"{ours}.weight"]
+        theirs, _ = entries[f"{ours}.weight"].place(official)
         if theirs not in tensors:
             raise ValueError(f"it lacks {theirs}")
         return tensors[theirs].shape
 
     def text_of(part: str, usual: TextConfig) -> TextConfig:
         vocab_size, width = shape(f"{part}.token_embedding")
-        norms = [f"{part}.layers.{i}.norm1.weight" for i in range(usual.num_layers)]
+        norms = [entries[f"{part}.layers.{i}.norm1.weight"] for i in range(usual.num_layers)]
         return replace(usual, vocab_size=vocab_size, width=width, num_heads=max(1, width // 64),
                        max_length=shape(f"{part}.position_embedding")[0],
-                       num_layers=sum(places[norm][0] in tensors for norm in norms),
+                       num_layers=sum(norm.place(official)[0] in tensors for norm in norms),
                        pooled_dim=usual.pooled_dim and width)
 
     base = SD1
     linear = tensors.get("unet.down_blocks.0.attentions.0.proj_in.weight")
-    if (f"{XL_TEXT_2}.token_embedding.weight" in tensors
-            or "text_encoder_2.embeddings.token_embedding.weight" in tensors):
+    words = "token_embedding.weight"
+    if tensors.keys() & {f"{XL_TEXT_2}.{words}", f"text_encoder_2.embeddings.{words}"}:
         base = SDXL
-    elif (f"{OPEN_TEXT}.token_embedding.weight" in tensors
-            or linear is not None and linear.ndim == 2):
+    elif f"{OPEN_TEXT}.{words}" in tensors or linear is not None and linear.ndim == 2:
         base = SD2
-    places = places_of(base, official)
+    entries = name_map(base)
     channels, in_channels, *_ = shape("unet.down_blocks.0.0")
     if in_channels == 9:
         base = for_inpainting(base)
@@ -641,42 +615,32 @@ def config_of(tensors: dict[str, Tensor], official: bool) -> Config:
                    unet=replace(base.unet, channels=channels, vector_dim=vector_dim))
 
 
-NOTHING_SAYS = "nothing says otherwise; --prediction v would"
-
-
-def settings_of(c: Config) -> dict[str, dict[str, list]]:
-    """What a diffusers folder's settings may say of what its tensors do not show. The first value
-    is meant where they say nothing."""
-    heads, u = [8, [8, 8, 8, 8]], c.unet
-    if u.head_dim:
-        heads = [[max(1, u.channels * mult // u.head_dim) for mult in u.channel_mult]]
-    settings = {
-        "scheduler/scheduler_config.json": {
-            "prediction_type": ["epsilon", "v_prediction"], "beta_schedule": ["scaled_linear"],
-            "trained_betas": [None], "rescale_betas_zero_snr": [False],
-            "num_train_timesteps": [1000], "use_flow_sigmas": [None, False]},
-        "unet/config.json": {
-            "attention_head_dim": heads, "num_attention_heads": [None, *heads],
-            "act_fn": ["silu"], "norm_num_groups": [32], "norm_eps": [1e-5],
-            "flip_sin_to_cos": [True], "freq_shift": [0], "time_cond_proj_dim": [None],
-            "center_input_sample": [False], "mid_block_scale_factor": [1],
-            "downsample_padding": [1]},
-        "vae/config.json": {
-            "act_fn": ["silu"], "norm_num_groups": [32], "shift_factor": [None, 0.0],
-            "latents_mean": [None], "latents_std": [None]}}
-    for part, text in (("text_encoder", c.text), ("text_encoder_2", c.text_2)):
-        if text:
-            settings[f"{part}/config.json"] = {
-                "num_attention_heads": [text.num_heads], "hidden_act": [text.activation],
-                "layer_norm_eps": [1e-5]}
-    return settings
+# What a diffusers folder's settings may say of what its tensors do not show. The first value is
+# meant where they say nothing
+SETTINGS = {
+    "prediction_type": ["epsilon", "v_prediction"], "beta_schedule": ["scaled_linear"],
+    "trained_betas": [None], "rescale_betas_zero_snr": [False], "num_train_timesteps": [1000],
+    "use_flow_sigmas": [None, False], "act_fn": ["silu"], "norm_num_groups": [32],
+    "norm_eps": [1e-5], "layer_norm_eps": [1e-5], "flip_sin_to_cos": [True], "freq_shift": [0],
+    "time_cond_proj_dim": [None], "center_input_sample": [False], "mid_block_scale_factor": [1],
+    "downsample_padding": [1], "shift_factor": [None, 0.0], "latents_mean": [None],
+    "latents_std": [None]}
 
 
 def of_folder(config: Config, folder: Path) -> tuple[Config, str]:
     """The config with what a diffusers folder says that its tensors do not show, and what says
     whether it predicts ε or v. Raises InputError for what we can't do."""
-    why = NOTHING_SAYS
-    for name, known in settings_of(config).items():
+    heads, u, why = [8, [8, 8, 8, 8]], config.unet, ""
+    if u.head_dim:
+        heads = [[max(1, u.channels * mult // u.head_dim) for mult in u.channel_mult]]
+    own = {"scheduler/scheduler_config.json": {},
+           "unet/config.json": {"attention_head_dim": heads, "num_attention_heads": [None, *heads]},
+           "vae/config.json": {}}
+    for part, text in (("text_encoder", config.text), ("text_encoder_2", config.text_2)):
+        if text:
+            own[f"{part}/config.json"] = {"num_attention_heads": [text.num_heads],
+                                          "hidden_act": [text.activation]}
+    for name, known in own.items():
         file = folder / name
         if not file.exists():
             continue
@@ -685,7 +649,7 @@ def of_folder(config: Config, folder: Path) -> tuple[Config, str]:
             kind = found.get("_class_name", "")
             if re.match("FlowMatch|EDM", kind):
                 raise ValueError(f"it is of kind {kind}")
-            for key, values in known.items():
+            for key, values in (SETTINGS | known).items():
                 if found.get(key, values[0]) not in values:
                     raise ValueError(f"{key} is {found[key]!r}")
             betas = {key: float(found[key]) for key in ("beta_start", "beta_end") if key in found}
@@ -716,11 +680,10 @@ def prediction_of(path: Path, tensors: dict[str, Tensor], known: str, config: Co
     if not said and (metadata.get("modelspec.architecture", "").endswith("-v")
                      or metadata.get("ss_v_parameterization") == "True"):
         said = "v"
-    if yaml.is_file():
-        found = re.search(r"""(?m)^[^#\n]*parameterization["']?:\s*["']?(\w+)""",
-                          yaml.read_text("utf-8"))
-        if found:
-            said, why = found[1], f"{yaml} says so"
+    text = yaml.read_text("utf-8") if yaml.is_file() else ""
+    found = re.search(r"""(?m)^[^#\n]*parameterization["']?:\s*["']?(\w+)""", text)
+    if found:
+        said, why = found[1], f"{yaml} says so"
     if said:
         kind = re.fullmatch(r"(eps|v)(ilon|[_-]prediction)?", said.lower())
         if not kind:
@@ -733,8 +696,8 @@ def prediction_of(path: Path, tensors: dict[str, Tensor], known: str, config: Co
     if config.name == SD2.name:                   # a rule of thumb of ComfyUI's, for 2.x
         bias = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
         spread = tensors[bias].float().std().item()
-        return ("v" if spread > 0.09 else "eps"), f"a bias of it spreads by {spread:.3f}"
-    return "eps", NOTHING_SAYS
+        return ("v" if spread > 0.09 else "eps"), f"one of its biases spreads by {spread:.3f}"
+    return "eps", ""
 
 
 def schedule_of(tensors: dict[str, Tensor], schedule: ScheduleConfig) -> ScheduleConfig:
@@ -762,21 +725,22 @@ def as_trained(usual: Config, source: str, path: Path, tensors: dict[str, Tensor
     """The usual config with what source and user say of the training; says what was taken."""
     if path.is_dir():
         config, why = of_folder(usual, path)
-        where = "in a diffusers folder"
     else:
         with input_errors(f"{source} can't be used", "get another model"):
             kind, why = prediction_of(path, tensors, known, usual)
             config = replace(usual, prediction=kind, schedule=schedule_of(tensors, usual.schedule))
-            if "scale_factor" in tensors:
-                config = replace(config, scale_factor=round(tensors["scale_factor"].item(), 5))
+            scale = tensors.get("scale_factor", torch.tensor(usual.scale_factor)).item()
+            if not math.isclose(scale, usual.scale_factor, rel_tol=4e-3):     # in 16 bits, too
+                config = replace(config, scale_factor=round(scale, 5))
         if "denoiser.sigmas" in tensors or "turbo" in known:
             config = as_turbo(config)
-        where = "in a file that is not on record"
     if prediction:
         config, why = replace(config, prediction=prediction), "--prediction says so"
     if config.prediction == "v" and config.name == SD2.name:
         config = replace(config, name=SD2_V.name, image_size=SD2_V.image_size)
-    what = known or f"{config.name}, {where}"
+    where = "a diffusers folder" if path.is_dir() else "a file that is not on record"
+    what = known or f"{config.name}, in {where}"
+    why = why or "nothing says otherwise; --prediction v would"
     say(f"{source} is {what}; it predicts {config.prediction} ({why})")
     schedule, scale = config.schedule, config.scale_factor
     if (schedule, scale) != (usual.schedule, usual.scale_factor):
@@ -787,7 +751,8 @@ def as_trained(usual: Config, source: str, path: Path, tensors: dict[str, Tensor
 
 def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], source: str
                   ) -> None:
-    """Raises InputError unless the tensors are those wanted, in these shapes, and no others."""
+    """Raises InputError unless the tensors are those wanted, in these shapes, and the networks have
+    no others."""
     for name, shape in wanted.items():
         if name not in tensors:
             raise InputError(f"{source} lacks {name}: no whole model; get it again")
@@ -800,12 +765,11 @@ def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]
         if len(shape) == 1 and name.endswith(".weight") and not t.any():
             raise InputError(f"{source}: {name} holds nothing but zeros, as where a download broke "
                              "off; get it again")
-    others = [name for name in sorted(tensors)
-              if name not in wanted and not UNUSED.fullmatch(name)]
+    others = [name for name in sorted(tensors.keys() - wanted) if not UNUSED.fullmatch(name)]
     unknown = [name for name in others if NETWORKS.match(name)]
     if unknown:
         raise InputError(f"{source} holds {len(unknown)} tensors in its networks that such a model "
-                         f"has not: {', '.join(unknown[:3])}")
+                         f"does not have: {', '.join(unknown[:3])}")
     if others:
         say(f"ignored {len(others)} tensors that are of no network: {', '.join(others[:3])}")
 
@@ -821,7 +785,7 @@ LORA_TENSOR = re.compile(r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._]"
                          r"|(?:_lora)?\.(?P<alpha>alpha))")
 LORA_SPELLINGS = [(r"\.processor\b", ""), (r"\.", "_"), (r"^base_model_model_|^lora_", ""),
                   (r"^te1?_", "text_encoder_"), (r"^te2_", "text_encoder_2_"),
-                  (r"^(text_encoder(_2)?)_text_model_", r"\1_"),
+                  (r"^((text_encoder(_2)?_)?)text_model_", r"\1"),
                   (r"^(?=(down_blocks|mid_block|up_blocks)_)", "unet_"),
                   (r"(_attn\d_to_out)$", r"\1_0"), (r"_attn_to_(q|k|v|out)$", r"_attn_\1_proj")]
 OTHER_KINDS = {"LoHa": "hada_w", "LoKr": "lokr_w", "DoRA": r"dora_scale|lora_magnitude_vector"}
@@ -962,14 +926,14 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
             prediction: str | None, ema: bool | None, loras: list[str]) -> None:
     """Official or diffusers' weights, with LoRAs added, to our file. Raises InputError."""
     address, known = on_the_hub(source), ""
+    official = bool(address["file"]) if address else not Path(source).is_dir()
+    if ema is not None and not official:
+        raise InputError("--ema and --no-ema choose in a single file; of a folder's variants keep "
+                         "the one that you want")
     path = download(address) if address else Path(source)
-    official = not path.is_dir()
     if official:
         tensors, known = read_official(path), recognised(path)
         choose_unet(tensors, ema, known)
-    elif ema is not None:
-        raise InputError("--ema and --no-ema choose in a single file; of a folder's variants keep "
-                         "the one that you want")
     else:
         path = snapshot_in(path)
         tensors = read_folder(path)
@@ -977,22 +941,22 @@ def convert(source: str, out: Path, dtype: torch.dtype | None, tokenizer: str | 
     with input_errors(f"{source} is no Stable Diffusion 1.x, 2.x or XL",
                       "README.md names files that are"):
         config = config_of(tensors, official)
-        places = places_of(config, official)
-    check_tensors(tensors, dict(places.values()), source)
+        entries = name_map(config)
+    check_tensors(tensors, dict(e.place(official) for e in entries.values()), source)
     config = as_trained(config, source, path, tensors, known, prediction)
     added = tuple(read_lora(lora, config) for lora in loras)
     backend = find_tokenizer(tokenizer, path)
-    tokens, rows = backend.get_vocab_size(), config.text.vocab_size
-    if not 0.95 * rows <= tokens <= rows:         # some trainers pad the embedding
-        raise InputError(f"the vocabulary has {tokens} tokens and {source} has {rows}; "
+    tokens, size = backend.get_vocab_size(), config.text.vocab_size
+    if not 0.95 * size <= tokens <= size:         # some trainers pad the embedding
+        raise InputError(f"the vocabulary has {tokens} tokens and {source} has {size}; "
                          f"{WHAT_TO_PASS}")
     metadata = {"format": "tiny_ldm", "config": json.dumps(asdict(config)),
                 "tokenizer": backend.to_str()}
     with input_errors(f"{source} can't be used", "get it again"):
         check_header(metadata)
     rows = {}
-    for ours, e in name_map(config).items():
-        t = tensors[places[ours][0]]
+    for ours, e in entries.items():
+        t = tensors[e.place(official)[0]]
         if official and e.third is not None:
             t = t.chunk(3)[e.third]
         if official and e.turned:
@@ -1005,14 +969,16 @@ def to_official(source: str, out: Path, dtype: torch.dtype | None) -> None:
     """Our file to one in the official layout, without the schedule. Raises InputError."""
     c = Config.from_dict(json.loads(read_header(source)["config"]))
     tensors, rows = read_tensors(Path(source)), {}
-    check_tensors(tensors, {ours: e.shape for ours, e in name_map(c).items()}, source)
-    for ours, e in name_map(c).items():               # to_q, to_k, to_v come in this order
+    with input_errors(f"{source} is damaged", "get it again"):
+        entries = name_map(c)
+    check_tensors(tensors, {ours: e.shape for ours, e in entries.items()}, source)
+    for ours, e in entries.items():                   # to_q, to_k, to_v come in this order
         parts, _ = rows.setdefault(e.official, ([], e.official_shape))
         parts.append(tensors[ours].T if e.turned else tensors[ours])
     with input_errors(f"{source} ({c.name}) is not built like Stable Diffusion",
-                      "the official layout has no place to say so; use it as it is"):
+                      "it can't be written in the official layout; use it as it is"):
         usual = config_of({name: parts[0] for name, (parts, _) in rows.items()}, official=True)
-        others = [name for name in ("vae", "unet", "scale_factor", "schedule")
+        others = [name for name in ("text", "vae", "unet", "scale_factor", "schedule")
                   if getattr(c, name) != getattr(usual, name)]
         if others:
             raise ValueError(f"other: {', '.join(others)}")
@@ -1033,11 +999,13 @@ def run(argv: list[str] | None) -> None:
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as in SOURCE")
     add("--lora", metavar="FILE[:SCALE]", nargs="+", action="extend", default=[],
         help="add these to the weights")
-    add("--tokenizer", metavar="FILE_OR_FOLDER", help="CLIP's vocabulary, for a lone checkpoint")
+    add("--tokenizer", metavar="FILE_OR_FOLDER",
+        help="CLIP's vocabulary (default: the folder's or the hub's)")
     add("--prediction", choices=("eps", "v"), help="what the U-Net predicts")
     add("--ema", action=argparse.BooleanOptionalAction,
         help="of two U-Nets take the averaged one, or not (default: in official files yes)")
-    add("--to", choices=("tiny_ldm", "official"), default="tiny_ldm")
+    add("--to", choices=("tiny_ldm", "official"), default="tiny_ldm",
+        help="the layout to write (default: tiny_ldm)")
     add("--force", action="store_true", help="replace an output that exists")
     args = parser.parse_args(argv)
     given, address = args.source, on_the_hub(args.source)
