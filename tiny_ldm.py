@@ -2680,7 +2680,7 @@ def join_processes(*batches: int) -> None:
         raise InputError(f"{WORLD} processes can't share batches of {batches} pictures evenly; "
                          "choose other batches, or another number of processes")
     if WORLD > 1 and not torch.distributed.is_initialized():
-        if torch.accelerator.is_available():
+        if torch.accelerator.device_count() > 1:
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
         # However training ends: a thread of the group that outlived Python would abort the process
