@@ -258,7 +258,7 @@ if STEPPING:
 # Noise (Sohl-Dickstein et al. 2015, arXiv:1503.03585). One step of noising shrinks the picture a
 # little and adds a little Gaussian noise, such that the variance stays 1 if it was 1:
 #
-#     xₜ = √(1−βₜ) · xₜ₋₁ + √βₜ · ε               (Ho et al. 2020, arXiv:2006.11239, equation 2)
+#     xₜ = √(1−βₜ) · xₜ₋₁ + √βₜ · ε         (DDPM: Ho et al. 2020, arXiv:2006.11239, equation 2)
 #
 # In many steps the factors multiply, to √ᾱₜ with ᾱₜ = (1−β₀)(1−β₁) ... (1−βₜ). The small noises, a
 # new ε in each step, shrunk by the steps after it, add up to one Gaussian noise; and since the
@@ -276,7 +276,7 @@ if STEPPING:
 #     t           0       250     500     750     999
 #     √ᾱₜ         1.000   0.821   0.526   0.237   0.068     how much of the picture is in xₜ
 #     √(1−ᾱₜ)     0.029   0.571   0.851   0.972   0.998     how much noise
-#     σₜ          0.03    0.70    1.62    4.10    14.6      noise / picture
+#     σₜ          0.03    0.70    1.62    4.10    14.6      noise / picture: section 7's scale
 #
 # The question. Training shows a network xₜ and t, and asks for ε: all the noise, at once. The
 # network can't know ε, because many pictures could have become this xₜ. Under a squared error its
@@ -286,7 +286,8 @@ if STEPPING:
 # are possible, so the next mean is sharper. Sampling is nothing else.
 
 def make_alphas_cumprod(config: ScheduleConfig) -> Tensor:
-    """ᾱₜ, the product of all α = 1−β up to t, for t = 0 ... T−1: [T], float64, always on the CPU.
+    """ᾱₜ, the product of all α = 1−β up to t, for t = 0 ... T−1: [T], float64, always on the CPU
+    (`load` builds the rest where there are no numbers).
 
     Careful, it is √β that grows linearly, not β (diffusers: "scaled_linear"; the original calls it
     just "linear"), or every level but the first would be noisier (CompVis util.py:22).
@@ -355,10 +356,10 @@ def diffusion_loss(unet: nn.Module, x0: Tensor, context: Tensor, alphas_cumprod:
                    generator: torch.Generator | None = None) -> Tensor:
     """The mean squared error of a guess (Ho et al. 2020, algorithm 1): a scalar.
 
-    unet: any network(xt, t, context) -> like xt. x0 [B, C, h, w]: clean latents, scaled. context
-    [B, L, D]. alphas_cumprod [T]. prediction: what the network is asked for, "eps" or "v". t [B],
-    integers, and eps, like x0: drawn here unless the caller passes them, t uniform, eps normal (on
-    the CPU, from the generator if one is given).
+    unet: any network(xt, t, context) -> like xt. x0 [B, C, h, w], float32: clean latents, scaled.
+    context [B, L, D]. alphas_cumprod [T]. prediction: what the network is asked for, "eps" or "v".
+    t [B], integers, and eps, like x0: drawn here unless the caller passes them, t uniform, eps
+    normal (on the CPU, from the generator if one is given).
     """
     if t is None:
         t = torch.randint(len(alphas_cumprod), (len(x0),), generator=generator)
@@ -394,8 +395,8 @@ def ddim(x: Tensor, eps: Tensor, a: float, a_next: float, *, eta: float = 0.0,
     the same picture. With eta > 0 a part of the noise, of variance σ̂² (the paper's σₜ², not the σₜ
     above), is replaced by fresh noise, drawn by noise(); since the whole must have variance 1 − ᾱ′,
     1 − ᾱ′ − σ̂² is left for the old. At eta = 1 this is DDPM, the noising chain run backwards
-    (section 7). The same network serves for both: its loss only ever saw xₜ, never a chain. **_
-    takes what only other samplers need.
+    (section 7). The same network serves for both: its loss only ever saw xₜ, never a chain. Section
+    7's `sample` calls it, step by step; **_ takes what only other samplers need.
     """
     x0 = x0_from_eps(x, eps, a)
     # η times the spread of a DDPM step: noising from ᾱ′ to ᾱ adds β = 1 − ᾱ/ᾱ′, of which the part
@@ -1096,8 +1097,8 @@ if STEPPING:
 #     t             the timestep of x
 #     eta           how much fresh noise is added, where the sampler leaves that open (ddim)
 #     noise         () -> fresh standard normal noise like x
-#     past          the last three steps, a `Step` each, the latest last
-#     look_ahead    x -> the network's guess for x at ᾱ′; None in the last step
+#     past          the last three steps, a `Step` each (below), the latest last
+#     look_ahead    x -> the network's guess for x at ᾱ′ (`plms` asks); None in the last step
 #
 # and name those that they use. One loop, `sample`, runs them all.
 #
@@ -1164,9 +1165,9 @@ def leading(steps: int, sigmas: np.ndarray) -> Levels:
 
     Careful, the last step goes to ᾱ₀ = 0.99915, not to 1 (CompVis util.py:66). With S = 1000 the
     first one would begin at t = 1000, which does not exist: it goes from 999 to 999, and changes
-    nothing. And where S is small, or 1000/S is far from whole, the first one begins low, at t = 1
-    for S = 1, at 801 for 5, at 600 for 600, where the network expects less noise than there is:
-    take `trailing`.
+    nothing. And where S is small, or rounding 1000/S down loses much, the first one begins low, at
+    t = 1 for S = 1, at 801 for 5, at 501 for 501, where the network expects less noise than there
+    is: take `trailing`.
     """
     stride = len(sigmas) // steps
     timesteps = np.arange(steps)[::-1] * stride + 1
@@ -1277,9 +1278,9 @@ def plms(x: Tensor, eps: Tensor, a: float, a_next: float, *, past: list[Step],
 def euler(x: Tensor, eps: Tensor, a: float, a_next: float, **_) -> Tensor:
     """Euler's method for dx̃/dσ = ε (Karras et al. 2022, algorithm 1 without its correction): since
     x̃ = x₀ + σ ε, as σ shrinks x̃ moves back along ε. With the mean of ε in its place this is the
-    probability-flow equation (Song et al. 2021): no noise is added on the way, and yet at every σ
-    the x̃ are distributed as noisy pictures are. The step is DDIM's in other words; the levels
-    differ."""
+    probability-flow equation (Song et al. 2021): no noise is added on the way, so every start has
+    one path and one end, and yet at every σ the x̃ are distributed as noisy pictures are. The step
+    is DDIM's in other words; the levels differ."""
     x_scaled = x / a**0.5                                         # x̃
     x_scaled = x_scaled + (sigma_of(a_next) - sigma_of(a)) * eps  # x̃′ = x̃ + (σ′ − σ) ε
     return a_next**0.5 * x_scaled
@@ -1451,8 +1452,8 @@ class LatentDiffusion(nn.Module):
              dtype: torch.dtype | None = None) -> "LatentDiffusion":
         """A model from a weights file; without a path the built-in one. In eval mode, no gradients.
 
-        device: "auto" takes a GPU if there is one. dtype: None means float32, whatever the file
-        has.
+        device: "auto" takes a CUDA GPU if there is one. dtype: None means float32, whatever the
+        file has.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1701,29 +1702,30 @@ if STEPPING:
 # VAE's latents. Notebook 6 trains a small world from nothing in a minute or two.
 #
 # Stable Diffusion's training differs in scale: hundreds of millions of pictures with captions from
-# the web (LAION), in batches of 2,048, for 150,000 hours on A100 GPUs. CLIP stays frozen there. The
+# the web (LAION), in batches of 2,048, for 150,000 GPU hours (A100). CLIP stays frozen there. The
 # U-Net's optimizer was AdamW; ours, Muon, stands after the loop. And the VAE has two losses more,
 # without which photographs come out blurred: LPIPS, which compares what a trained network sees in
 # the picture and in its reconstruction, and a discriminator, a second network that learns to tell
 # patches of the one from patches of the other (Esser et al. 2020, arXiv:2012.09841). Flat shapes do
 # without both.
 
-# The recipe: (1) train the VAE with `vae_loss`, put the averages of its weights in their place, and
-# freeze it; (2) set scale_factor to 1 / (standard deviation of its latents); (3) train the U-Net
-# and the text encoder on the encoded pictures with `text_to_image_loss`, and again put in the
-# averages. Both with `train` and `Muon` (below): full learning rates are 0.005 for its matrices
-# (with 0.02 both stages learned more slowly) and, with betas of (0.9, 0.99), 0.001 for the rest; no
-# weight decay. The command (section 13) takes batches of 16 and 128; x₀ are random points of the
-# clouds; and timesteps are T · u^⅔ for a uniform u, so that large t come more often: there the
-# layout is decided, which takes longest to learn.
+# The recipe: (1) train the VAE with `vae_loss`, put the averages of its weights (EMA, see `train`)
+# in their place, and freeze it; (2) set scale_factor to 1 / (standard deviation of its latents);
+# (3) train the U-Net and the text encoder on the encoded pictures with `text_to_image_loss`, and
+# again put in the averages. Both with `train` and `Muon` (below): full learning rates are 0.005 for
+# its matrices (with 0.02 both stages learned more slowly) and, with betas of (0.9, 0.99), 0.001 for
+# the rest; no weight decay. The command (section 13) takes batches of 16 and 128; x₀ are random
+# points of the clouds; and timesteps are T · u^⅔ for a uniform u, so that large t come more often:
+# there the layout is decided, which takes longest to learn.
 
 def vae_loss(vae: VAE, image: Tensor, noise: Tensor, kl_weight: float = 1e-4) -> Tensor:
     """Stage 1: |x̂ − x| + (x̂ − x)² of the reconstruction x̂, and a little KL: a scalar.
 
     image [B, 3, H, W] in [−1, 1]; noise [B, 4, H/8, W/8] picks the point of the cloud. The absolute
     error pulls a doubtful pixel to the median of what it could be, which is sharp; the squared one
-    to the mean, which never overlooks a small thing. KL(N(mean, σ²) || N(0, 1)) = ½ (mean² + σ² − 1
-    − log σ²) (Kingma & Welling, appendix B) keeps the latents near 0 and a little noisy, or they
+    to the mean, which never overlooks a small thing. KL, the Kullback-Leibler divergence, says how
+    far the cloud is from a standard normal one: KL(N(mean, σ²) || N(0, 1)) = ½ (mean² + σ² − 1 −
+    log σ²) (Kingma & Welling, appendix B). It keeps the latents near 0 and a little noisy, or they
     could grow without bound, and codes of similar pictures could lie far apart. It is kept so small
     that this is nearly a plain autoencoder whose codes are blurred a little.
 
@@ -2578,7 +2580,8 @@ class Trainer:
         latents, captions = zip(*parts)
         t = torch.rand(batch, generator=rng) ** (2 / 3) * ldm.config.schedule.num_timesteps
         ids = ldm.tokenizer(sum(captions, ()))
-        return text_to_image_loss(ldm, torch.cat(latents), ids, t=t.long(), generator=rng)
+        x0 = torch.cat(latents).float()          # in bfloat16 the lowest noise levels would be lost
+        return text_to_image_loss(ldm, x0, ids, t=t.long(), generator=rng)
 
     def fit(self, stage: str, loss_of: Callable[[int], Tensor], steps: int) -> None:
         """Trains what this stage trains, then puts the averages of the weights in their place."""
