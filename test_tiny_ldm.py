@@ -44,10 +44,10 @@ from tiny_ldm import (COLOURS, SAMPLERS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SDX
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / ".ci"))
-from checkpoints import (NARROW, NARROW_2, NARROW_INPAINT, NARROW_XL, VOCABULARY, a_lora, as_cache,
-                         as_shards, as_variant, as_years_ago, averaged, local_hub, small_tokenizer,
-                         some_captions, split_unet, write_folder, write_vocabulary)
-from judge import altered, judge, parse
+from checkpoints import (NARROW, NARROW_2, NARROW_INPAINT, NARROW_XL, VOCABULARY, a_lora,
+                         as_cache, as_shards, as_variant, as_years_ago, averaged, local_hub,
+                         small_tokenizer, some_captions, split_unet, write_folder, write_vocabulary)
+from judge import KINDS, altered, judge, parse, prompt_following
 from reference import (SD1_SCHEDULE, comparison, official_tensors, our_outputs, references,
                        relative_error, their_outputs, their_walk, with_lora)
 
@@ -77,7 +77,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def built_in():
-    return LatentDiffusion.load()
+    return LatentDiffusion.load(device="cpu")
 
 
 @pytest.fixture
@@ -141,6 +141,15 @@ def test_judge_accepts_true_pictures_and_rejects_wrong_captions_noise_and_emptin
         assert judge(picture, "a red circle")
 
 
+@whole
+def test_the_built_in_model_follows_its_prompts(built_in):
+    """README's table is of 300 captions of each kind, of which 96 % and more are right."""
+    for kind in KINDS:
+        judged = prompt_following(built_in, kind, 25)
+        assert sum(one.wrong == "" for one in judged) >= 21, kind
+    assert tiny_ldm.BUILT_IN.stat().st_size <= 20e6
+
+
 # --------------------------------------------------------------------------------------------------
 # Part I is a lesson that stands on its own: without what follows, it makes pictures and trains.
 
@@ -161,6 +170,12 @@ def test_part_one_alone_makes_the_same_picture(lesson, built_in):
     ldm = lesson.LatentDiffusion.load(device="cpu")
     made, = ldm.generate("two blue stars", steps=5, progress=False)
     assert built_in.generate("two blue stars", steps=5, progress=False)[0] == made
+
+
+def test_each_section_of_the_lesson_ends_with_a_look():
+    part_one = (HERE / "tiny_ldm.py").read_text("utf-8").partition("# %% Part II")[0]
+    heads = re.findall(r"^# %% (Look|\d)", part_one, re.M)
+    assert heads == [head for number in "123456789" for head in (number, "Look")]
 
 
 def test_part_one_alone_trains(lesson):
@@ -207,12 +222,6 @@ def test_sd1_has_the_published_numbers_of_parameters():
     assert (SD1.stride, SD1.vae_stride) == (64, 8)
 
 
-@pytest.mark.parametrize("config", [SHAPES, SD1, SD1_INPAINT])
-def test_config_survives_json(config):
-    text = json.dumps(asdict(config))
-    assert tiny_ldm.Config.from_dict(json.loads(text)) == config
-
-
 def test_steps_sampler_and_guidance_come_from_the_config(tmp_path):
     for config, scale in ((SD1, 7.5), (SHAPES, 2.0)):
         assert (config.steps, config.sampler, config.guidance_scale) == (25, "euler_a", scale)
@@ -222,7 +231,7 @@ def test_steps_sampler_and_guidance_come_from_the_config(tmp_path):
     assert ldm.generate("a red circle", progress=False, **own)[0] == made
     weights, out = str(tmp_path / "m.safetensors"), str(tmp_path / "x.png")
     ldm.save(weights)
-    assert tiny_ldm.main(["a red circle", "--weights", weights, "-o", out]) == 0
+    assert tiny_ldm.main(["a red circle", "--weights", weights, "-o", out, "--device", "cpu"]) == 0
     assert Image.open(out).tobytes() == made.tobytes()
     assert "Steps: 3, Sampler: plms, CFG scale: 4.0" in Image.open(out).info["parameters"]
 
@@ -861,18 +870,13 @@ CONFIGS = {"plain": NARROW, "small": NARROW, "sd2": NARROW_2, "xl": NARROW_XL}
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     """A folder with a narrow checkpoint of every kind, and a small vocabulary."""
-    d, tensors = tmp_path_factory.mktemp("official"), official_tensors(NARROW)
+    d = tmp_path_factory.mktemp("official")
     (d / "tokenizer.json").write_text(VOCABULARY.to_str())
     (d / "other.json").write_text(Tokenizer.train(["a red circle"], 500, 77).backend.to_str())
     for name, config in CONFIGS.items():
         factor = 0.01 if name == "small" else 1.0
         save_file(official_tensors(config, factor), d / f"{name}.safetensors")
-    torch.save({"state_dict": tensors, "global_step": 1}, d / "plain.ckpt")
-    half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    save_file(half, d / "half.safetensors")
-    unet, rest = split_unet(tensors)
-    other = {name: t + 1 for name, t in unet.items()}
-    save_file({**rest, **other, **averaged(unet)}, d / "full-ema.safetensors")
+    torch.save({"state_dict": official_tensors(NARROW), "global_step": 1}, d / "plain.ckpt")
     assert convert(d / "plain.safetensors", d / "ours.safetensors", d) == 0
     return d
 
@@ -962,19 +966,6 @@ def test_the_map_covers_every_official_tensor(config, known):
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == known
 
 
-@pytest.mark.parametrize("name", ["plain.safetensors", "plain.ckpt", "half.safetensors",
-                                  "full-ema.safetensors"])
-def test_there_and_back_gives_the_same_bits(name, plain, official, tmp_path, capsys):
-    more = ["--ema"] if name == "full-ema.safetensors" else []
-    ldm = converted(official / name, tmp_path / "t.safetensors", official, *more)
-    assert ("EMA" in capsys.readouterr().err) == (name == "full-ema.safetensors")
-    assert ldm.config == NARROW
-    back = load_file(turned_back(tmp_path / "t.safetensors"))
-    assert len(back) == 686 + 248 + 196 - 16 * 10
-    for key, t in back.items():
-        assert torch.equal(t, plain[key].half() if name == "half.safetensors" else plain[key])
-
-
 @pytest.mark.parametrize("name", ["plain", "sd2", "xl"])
 def test_mixed_precision_comes_back_bit_for_bit(name, official, tmp_path):
     attention = r"in_proj|\.to_k\.|k_proj"
@@ -1042,6 +1033,10 @@ def test_what_a_folder_says_is_followed_or_refused(folder, official, tmp_path, r
     for kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
         turbo = found("scheduler", timestep_spacing="trailing", _class_name=kind)
         assert (turbo.sampler, turbo.steps) == ("euler_a_trailing", 1)
+    lcm = found("scheduler", _class_name="LCMScheduler")
+    assert (lcm.sampler, lcm.steps, lcm.guidance_scale) == ("lcm", 4, 1)
+    with saying("scheduler", _class_name="FlowMatchEulerDiscreteScheduler"):
+        refuses(folder, "it is of kind FlowMatch")
     for part, key, value in (("scheduler", "prediction_type", "sample"),
                              ("scheduler", "rescale_betas_zero_snr", True),
                              ("scheduler", "beta_schedule", "linear"),
@@ -1082,7 +1077,10 @@ def test_another_precision_on_request(dtype, plain, official, tmp_path):
     for more, dtypes in ((["--dtype", dtype], {getattr(torch, dtype)}),
                          ([], {torch.float16, torch.float32})):
         assert convert(tmp_path / "x.safetensors", tmp_path / "t", official, "--force", *more) == 0
-        assert {t.dtype for t in load_file(tmp_path / "t").values()} == dtypes
+        made = load_file(tmp_path / "t")
+        assert {t.dtype for t in made.values()} == dtypes
+        torch.testing.assert_close(made["unet.conv_out.bias"].float(), plain[BIAS], rtol=0.01,
+                                   atol=1e-3)
 
 
 # What a file says of itself is followed, or refused by name, and the output says what was taken.
@@ -1158,7 +1156,7 @@ def test_the_schedule_in_a_lone_file_is_followed_or_refused(plain, official, tmp
     assert config_from(rounded, tmp_path, official) == replace(NARROW, scale_factor=0.13)
 
 
-def test_which_of_two_unets_is_taken(plain, official, tmp_path, refuses, capsys):
+def test_which_of_two_unets_is_taken(plain, official, tmp_path, refuses, capsys, monkeypatch):
     """The averaged one of a file on record, else the plain one, unless the user says."""
     unet, rest = split_unet(plain)
     ema = averaged({name: t + 1 for name, t in unet.items()})
@@ -1171,12 +1169,16 @@ def test_which_of_two_unets_is_taken(plain, official, tmp_path, refuses, capsys)
             ({**plain, **part}, [], False, "holds 50 of the 686 tensors of an averaged")):
         config_from(tensors, tmp_path, official, *more)
         assert said in capsys.readouterr().err
-        taken = load_file(tmp_path / "o.safetensors")["unet.conv_out.bias"]
-        assert torch.equal(taken, plain[BIAS] + is_averaged)
+        taken, names = load_file(tmp_path / "o.safetensors"), weights_convert.name_map(NARROW)
+        assert all(torch.equal(taken[ours].flatten(), unet[e.official].flatten() + is_averaged)
+                   for ours, e in names.items() if e.official in unet)
     refuses(plain, "holds 0 of the 686 tensors of an averaged U-Net; leave out --ema", "--ema")
     refuses({**rest, **ema}, "holds the averaged U-Net alone", "--no-ema")
     refuses(rest, "it lacks model.diffusion_model", "--no-ema")
     refuses({**rest, **part}, "holds 50 of the 686 tensors of an averaged U-Net")
+    monkeypatch.setattr(weights_convert, "recognised", lambda path: "v1-5-pruned.ckpt")
+    config_from({**plain, **ema}, tmp_path, official)
+    assert "taking the averaged U-Net" in capsys.readouterr().err
 
 
 # Good files are not refused, whatever else is in them and whatever they are called.
@@ -1336,16 +1338,6 @@ def test_damaged_files_are_named(source, damage, message, official, tmp_path, re
     refuses(tmp_path / source, message)
 
 
-@pytest.mark.parametrize("name, tensor, message", [
-    ("unet.conv_out.bias", None, "lacks unet.conv_out.bias"),
-    ("text_encoder.layers.0.fc1.bias", torch.zeros(2), "fc1.bias is torch.float32 [2]")])
-def test_a_damaged_file_is_not_turned_back(name, tensor, message, official, tmp_path, capsys):
-    source, out = tmp_path / "bad.safetensors", tmp_path / "o.safetensors"
-    with_one_changed(official / "ours.safetensors", source, name, tensor)
-    assert weights_convert.main(["--to", "official", str(source), "-o", str(out)]) == 2
-    assert message in last_line(capsys) and not out.exists()
-
-
 def test_folders_of_other_models_are_named(tmp_path, refuses):
     folder = tmp_path / "f"
     (folder / "text_encoder_2").mkdir(parents=True)
@@ -1383,15 +1375,22 @@ def test_bad_arguments_are_one_line_and_exit_code_2(args, message, official, mon
     assert {path: path.stat().st_mtime_ns for path in official.iterdir()} == before
 
 
-def test_what_differs_from_stable_diffusion_has_no_official_form(official, tmp_path, capsys):
+def test_what_is_damaged_or_differs_is_not_turned_back(official, tmp_path, capsys):
+    def refused(source, message):
+        out = tmp_path / "o.safetensors"
+        assert weights_convert.main(["--to", "official", str(source), "-o", str(out)]) == 2
+        assert message in last_line(capsys) and not out.exists()
+
+    ours, bad = official / "ours.safetensors", tmp_path / "bad.safetensors"
+    refused(with_one_changed(ours, bad, "unet.conv_out.bias", None), "lacks unet.conv_out.bias")
+    bias = "text_encoder.layers.0.fc1.bias"
+    refused(with_one_changed(ours, bad, bias, torch.zeros(2)), "fc1.bias is torch.float32 [2]")
     ldm = converted(official / "sd2.safetensors", tmp_path / "t", official)
     for part, change, message in (("text", dict(penultimate=False), "other: text)"),
                                   ("unet", dict(norm_groups=7), "is damaged (ValueError")):
         ldm.config = replace(ldm.config, **{part: replace(getattr(ldm.config, part), **change)})
-        ldm.save(tmp_path / "u")
-        assert weights_convert.main(["--to", "official", str(tmp_path / "u"), "-o",
-                                     str(tmp_path / "v")]) == 2
-        assert message in last_line(capsys) and not (tmp_path / "v").exists()
+        ldm.save(bad)
+        refused(bad, message)
 
 
 def test_an_output_is_replaced_only_with_force_and_where_there_is_room(official, tmp_path,
@@ -1585,61 +1584,11 @@ def test_single_precision_stays_within_the_limits(factor, official, tmp_path):
         comparison(tmp_path, NARROW_2, official / "tokenizer.json", steps=25)
 
 
-# LoRAs. Each spelling that is about, for the same few layers of the narrow models: ours, and its
-# name in the file without what follows
-
-LORAS = {
-    "kohya": {
-        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
-            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
-        "unet.down_blocks.5.1.blocks.0.cross_attention.to_out":
-            "lora_unet_down_blocks_1_attentions_1_transformer_blocks_0_attn2_to_out_0",
-        "unet.mid_block.1.proj_in": "lora_unet_mid_block_attentions_0_proj_in",
-        "unet.up_blocks.3.1.blocks.0.feed_forward.proj_in":
-            "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj",
-        "unet.up_blocks.2.0.conv1": "lora_unet_up_blocks_0_resnets_2_conv1",
-        "unet.down_blocks.3.0.conv": "lora_unet_down_blocks_0_downsamplers_0_conv",
-        "text_encoder.layers.0.attention.to_v":
-            "lora_te_text_model_encoder_layers_0_self_attn_v_proj",
-        "text_encoder.layers.0.attention.to_out":
-            "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
-        "text_encoder.layers.1.fc1": "lora_te_text_model_encoder_layers_1_mlp_fc1"},
-    "kohya XL": {
-        "unet.down_blocks.4.1.blocks.1.self_attention.to_q":
-            "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q",
-        "unet.mid_block.1.blocks.9.cross_attention.to_k":
-            "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_k",
-        "unet.up_blocks.5.1.proj_out": "lora_unet_output_blocks_5_1_proj_out",
-        "text_encoder.layers.0.attention.to_out":
-            "lora_te1_text_model_encoder_layers_0_self_attn_out_proj",
-        "text_encoder_2.layers.1.attention.to_k":
-            "lora_te2_text_model_encoder_layers_1_self_attn_k_proj",
-        "text_encoder_2.layers.1.attention.to_out":
-            "lora_te2_text_model_encoder_layers_1_self_attn_out_proj"},
-    "diffusers, 2022": {
-        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
-            "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora",
-        "unet.mid_block.1.blocks.0.cross_attention.to_out":
-            "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora"},
-    "diffusers, 2023": {
-        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
-            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora",
-        "unet.mid_block.1.proj_out": "unet.mid_block.attentions.0.proj_out.lora",
-        "text_encoder.layers.0.attention.to_out":
-            "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora",
-        "text_encoder.layers.0.fc2":
-            "text_encoder.text_model.encoder.layers.0.mlp.fc2.lora_linear_layer"},
-    "peft": {
-        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
-            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-        "unet.up_blocks.2.0.conv1": "unet.up_blocks.0.resnets.2.conv1",
-        "text_encoder.layers.1.attention.to_q":
-            "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"}}
 @pytest.mark.parametrize("spelling, base", [
     ("kohya", "plain"), ("kohya", "sd2"), ("kohya XL", "xl"), ("diffusers, 2022", "plain"),
     ("diffusers, 2023", "plain"), ("peft", "plain"), ("peft", "sd2")])
 def test_loras_are_added_to_the_weights(spelling, base, official, tmp_path, capsys):
-    tensors, added = a_lora(spelling, LORAS[spelling], CONFIGS[base])
+    tensors, added = a_lora(spelling, CONFIGS[base])
     save_file(tensors, tmp_path / "one.safetensors")
     torch.save(tensors, tmp_path / "one.pt")
     source = official / f"{base}.safetensors"
@@ -1654,7 +1603,7 @@ def test_loras_are_added_to_the_weights(spelling, base, official, tmp_path, caps
 
 
 def test_a_loras_alpha_may_be_in_its_header(official, tmp_path):
-    tensors, added = a_lora("peft", LORAS["peft"], NARROW)
+    tensors, added = a_lora("peft", NARROW)
     says = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"resnets.2.conv1": 1},
             "text_encoder.alpha_pattern": {"text_model.encoder.layers.1.self_attn.q_proj": 8},
             "text_encoder.use_rslora": True}
@@ -1669,7 +1618,7 @@ def test_a_loras_alpha_may_be_in_its_header(official, tmp_path):
 
 
 def test_loras_that_can_not_be_added_are_refused(official, tmp_path, refuses):
-    good, _ = a_lora("kohya", LORAS["kohya"], NARROW)
+    good, _ = a_lora("kohya", NARROW)
     first, *_, last = good
     conv = "lora_unet_down_blocks_0_downsamplers_0_conv"
     lora = tmp_path / "l.safetensors"
@@ -1701,7 +1650,7 @@ def test_loras_that_can_not_be_added_are_refused(official, tmp_path, refuses):
     ("peft", "plain")])
 def test_loras_are_added_as_diffusers_adds_them(spelling, name, official, tmp_path):
     source = official / f"{name}.safetensors"
-    tensors, _ = a_lora(spelling, LORAS[spelling], CONFIGS[name])
+    tensors, _ = a_lora(spelling, CONFIGS[name])
     save_file(tensors, tmp_path / "l.safetensors")
     models = references(CONFIGS[name], load_file(source))
     models = with_lora(models, tmp_path / "l.safetensors", 0.7)
@@ -2006,10 +1955,12 @@ def test_a_wrong_argument_is_no_damaged_file(wrong):
         LatentDiffusion.load(**wrong)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
 def test_the_weights_file_is_mapped_once():
-    code = ("import tiny_ldm; ldm = tiny_ldm.LatentDiffusion.load(device='cpu'); "
+    code = ("import tiny_ldm; half = tiny_ldm.torch.float16; "
+            "ldm = tiny_ldm.LatentDiffusion.load(device='cpu', dtype=half); "
             "print(open('/proc/self/maps').read().count('shapes.safetensors'))")
-    assert python("-c", code).stdout.strip() in ("0", "1")
+    assert python("-c", code).stdout == "1\n"
 
 
 @whole
@@ -2040,6 +1991,7 @@ def test_a_training_steps_gradient_is_that_of_the_lessons_loss(tiny, dtype, with
         gradients.append(torch.autograd.grad(loss, parameters))
     exact, found = [torch.cat([g.flatten() for g in those]) for those in gradients]
     assert (found - exact).norm() < within * exact.norm()
+    assert dtype == torch.float32 or (found - exact).norm() > 1e-4 * exact.norm()    # it is in use
 
 
 @whole
@@ -2051,6 +2003,7 @@ def test_compiled_networks_make_the_same_pictures():
     settings = dict(steps=2, seed=3, progress=False)
     plain = pixels_of(ldm.generate("a circle", **settings))
     tiny_ldm.compile_networks(ldm)
+    assert ldm.unet._compiled_call_impl and ldm.vae.decoder._compiled_call_impl
     compiled = pixels_of(ldm.generate("a circle", **settings))
     assert plain.std() > 1 and np.abs(plain - compiled).max() <= 1
 
@@ -2122,10 +2075,51 @@ def test_interrupted_training_equals_an_uninterrupted_one(pictures, tmp_path, on
         with pytest.raises(KeyboardInterrupt):
             small_training(pictures, out, save_minutes=0)
         monkeypatch.undo()
+        LatentDiffusion.load(out, "cpu")                # the model so far
     assert same_model(through, small_training(pictures, out))
     assert len(list(tmp_path.iterdir())) == 4           # two models, two checkpoints
     # Once more, when it is finished: the model stays
     assert same_model(through, small_training(pictures, out, unet_steps=0))
+
+
+@pytest.mark.parametrize("steps", [0, 3])               # the last checkpoint is of stage 1, or of 2
+def test_a_trained_model_is_the_average_of_its_weights(steps, pictures, tmp_path):
+    out = tmp_path / "m.safetensors"
+    small_training(pictures, out, unet_steps=steps)
+    state, made = torch.load(f"{out}.checkpoint"), load_file(out)
+    assert all(torch.equal(t, state["averaged"][name].half()) for name, t in made.items())
+    assert not all(torch.equal(t, state["model"][name].half()) for name, t in made.items())
+
+
+def test_large_timesteps_are_more_frequent_and_noise_is_mixed_in_float32(pictures, tmp_path,
+                                                                         monkeypatch):
+    drawn, loss = [], tiny_ldm.text_to_image_loss
+
+    def watched(ldm, x0, ids, *, t, **more):
+        assert x0.dtype == torch.float32
+        drawn.append(t)
+        return loss(ldm, x0, ids, t=t, **more)
+
+    monkeypatch.setattr(tiny_ldm, "text_to_image_loss", watched)
+    small_training(pictures, tmp_path / "m.safetensors", vae_steps=0, unet_batch=512,
+                   dtype=torch.bfloat16)
+    assert torch.cat(drawn).double().mean().item() == pytest.approx(600, abs=30)   # uniform: 500
+
+
+def test_muon_keeps_directions_and_takes_the_matrices_inside(built_in):
+    g, p = randn(12, 20), torch.nn.Parameter(torch.zeros(12, 20))
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    s = u.T @ tiny_ldm.orthogonalized(g) @ vt.T
+    assert 0.6 < s.diagonal().min() and s.diagonal().max() < 1.3
+    assert (s - s.diagonal().diag()).abs().max() < 1e-4
+    p.grad = g.clone()
+    tiny_ldm.Muon([dict(params=[p], lr=0.1, muon=True)]).step()
+    torch.testing.assert_close(p.data, -0.1 * tiny_ldm.orthogonalized(g), atol=1e-4, rtol=1e-3)
+    weights = dict(built_in.named_parameters())
+    inside = {id(p) for p in tiny_ldm.make_optimizer(weights).param_groups[0]["params"]}
+    for name, wanted in (("unet.mid_block.0.conv1", True), ("unet.conv_out", False),
+                         ("text_encoder.token_embedding", False)):
+        assert (id(weights[f"{name}.weight"]) in inside) == wanted
 
 
 def test_a_resumed_training_keeps_its_tokenizer_and_tidies_up(tmp_path):
@@ -2196,12 +2190,12 @@ def test_training_goes_on_from_weights_whose_vae_stays(pictures, tmp_path, capsy
 
 
 def test_training_leaves_a_layer_that_nothing_uses(pictures, tmp_path):
-    first = tiny_model(text=replace(TINY.text, penultimate=True))
+    first = tiny_model(text=replace(TINY.text, penultimate=True, num_layers=2))
     first.half().save(tmp_path / "a.safetensors")
     second = small_training(pictures, tmp_path / "b.safetensors", weights=tmp_path / "a.safetensors")
-    *used, unused = [torch.equal(a.fc1.weight, b.fc1.weight.half()) for a, b in
-                     zip(first.text_encoder.layers, second.text_encoder.layers)]
-    assert unused and not any(used)
+    used, unused = [torch.equal(a.fc1.weight, b.fc1.weight.half()) for a, b in
+                    zip(first.text_encoder.layers, second.text_encoder.layers)]
+    assert unused and not used
 
 
 def test_a_training_without_stage_2_stores_the_latents_scale(tmp_path, monkeypatch):
@@ -2305,9 +2299,12 @@ def test_command_begins_with_a_picture_as_python_does(inside, built_in):
     mask.paste(255, (0, 0, 35, 60))
     mask.save("m.png")
     assert made("a red circle", "--image", "i.png", "--mask", "m.png", "--strength", 0.6,
-                "--steps", 5, "--sampler", "ddim", "--eta", 0.5, "-o", "x.png") == 0
-    wanted, = built_in.generate("a red circle", image=gradient(70, 60), mask=mask, strength=0.6,
-                                steps=5, sampler="ddim", eta=0.5, progress=False)
+                "--steps", 5, "--sampler", "ddim", "--eta", 0.5, "--guidance-scale", 3, "--height",
+                128, "--dtype", "bfloat16", "--device", "cpu", "-o", "x.png") == 0
+    half = copy.deepcopy(built_in).to(torch.bfloat16, memory_format=torch.channels_last)
+    wanted, = half.generate("a red circle", image=gradient(70, 60), mask=mask, strength=0.6,
+                            steps=5, sampler="ddim", eta=0.5, guidance_scale=3, height=128,
+                            progress=False)
     assert Image.open("x.png").tobytes() == wanted.tobytes()
 
 

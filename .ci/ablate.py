@@ -67,7 +67,7 @@ def use_adamw():
     import tiny_ldm
 
     def make_optimizer(weights):
-        return torch.optim.AdamW(weights.values(), lr=1e-3, betas=(0.9, 0.99))
+        return torch.optim.AdamW(weights.values(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
 
     tiny_ldm.make_optimizer = make_optimizer
 

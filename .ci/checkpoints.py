@@ -173,19 +173,68 @@ def local_hub(folder: Path, repository: str) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------
 # LoRAs
 
+# Each spelling that is about, for the same few layers of the narrow models: ours, and its name in
+# the file without what follows
+LORAS = {
+    "kohya": {
+        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "unet.down_blocks.5.1.blocks.0.cross_attention.to_out":
+            "lora_unet_down_blocks_1_attentions_1_transformer_blocks_0_attn2_to_out_0",
+        "unet.mid_block.1.proj_in": "lora_unet_mid_block_attentions_0_proj_in",
+        "unet.up_blocks.3.1.blocks.0.feed_forward.proj_in":
+            "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj",
+        "unet.up_blocks.2.0.conv1": "lora_unet_up_blocks_0_resnets_2_conv1",
+        "unet.down_blocks.3.0.conv": "lora_unet_down_blocks_0_downsamplers_0_conv",
+        "text_encoder.layers.0.attention.to_v":
+            "lora_te_text_model_encoder_layers_0_self_attn_v_proj",
+        "text_encoder.layers.0.attention.to_out":
+            "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
+        "text_encoder.layers.1.fc1": "lora_te_text_model_encoder_layers_1_mlp_fc1"},
+    "kohya XL": {
+        "unet.down_blocks.4.1.blocks.1.self_attention.to_q":
+            "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q",
+        "unet.mid_block.1.blocks.9.cross_attention.to_k":
+            "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_k",
+        "unet.up_blocks.5.1.proj_out": "lora_unet_output_blocks_5_1_proj_out",
+        "text_encoder.layers.0.attention.to_out":
+            "lora_te1_text_model_encoder_layers_0_self_attn_out_proj",
+        "text_encoder_2.layers.1.attention.to_k":
+            "lora_te2_text_model_encoder_layers_1_self_attn_k_proj",
+        "text_encoder_2.layers.1.attention.to_out":
+            "lora_te2_text_model_encoder_layers_1_self_attn_out_proj"},
+    "diffusers, 2022": {
+        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora",
+        "unet.mid_block.1.blocks.0.cross_attention.to_out":
+            "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora"},
+    "diffusers, 2023": {
+        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
+            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora",
+        "unet.mid_block.1.proj_out": "unet.mid_block.attentions.0.proj_out.lora",
+        "text_encoder.layers.0.attention.to_out":
+            "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora",
+        "text_encoder.layers.0.fc2":
+            "text_encoder.text_model.encoder.layers.0.mlp.fc2.lora_linear_layer"},
+    "peft": {
+        "unet.down_blocks.1.1.blocks.0.self_attention.to_q":
+            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.up_blocks.2.0.conv1": "unet.up_blocks.0.resnets.2.conv1",
+        "text_encoder.layers.1.attention.to_q":
+            "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"}}
+
 # The two tensors of a layer, by whose file it is
 ENDINGS = {"kohya": ("lora_down.weight", "lora_up.weight"),
            "diffusers": ("down.weight", "up.weight"), "peft": ("lora_A.weight", "lora_B.weight")}
 
 
-def a_lora(spelling: str, layers: dict[str, str], config: Config, rank: int = 2,
-           alpha: float = 3.0) -> tuple[Tensors, Tensors]:
-    """A LoRA for these layers, our name: the file's. (the file's tensors, what it adds to ours at
-    scale 1.)"""
+def a_lora(spelling: str, config: Config, rank: int = 2, alpha: float = 3.0
+           ) -> tuple[Tensors, Tensors]:
+    """A LoRA in one of LORAS' spellings: (the file's tensors, what it adds to ours at scale 1)."""
     tensors, added = {}, {}
     down_name, up_name = ENDINGS[re.split("[ ,]", spelling)[0]]
     random = torch.Generator().manual_seed(0)
-    for ours, theirs in layers.items():
+    for ours, theirs in LORAS[spelling].items():
         entry = weights_convert.name_map(config)[f"{ours}.weight"]
         shape = entry.shape if ours.startswith("text") else entry.official_shape
         down = torch.randn(rank, *shape[1:], generator=random)

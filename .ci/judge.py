@@ -355,7 +355,8 @@ def attention_on_things(ldm: LatentDiffusion, count: int, seed: int, **settings)
             pictures = ldm.generate(some, seed=seed + i, progress=False, **settings)
         # With guidance the negative prompts come first, then the prompts
         size = maps[0].shape[2:]
-        equal = [F.interpolate(m[-len(some) :], size, mode="bilinear") for m in maps]
+        own = [m[-len(some) :].float().cpu() for m in maps]
+        equal = [F.interpolate(m, size, mode="bilinear") for m in own]
         heat = F.interpolate(sum(equal), pictures[0].size, mode="bicubic")    # [B, L, H, W]
         for row, picture, caption in zip(heat, pictures, some):
             if judge(picture, caption):
@@ -419,12 +420,12 @@ def table(ldm: LatentDiffusion, args: argparse.Namespace, settings: dict) -> Non
         for one in judged:
             if not one.wrong and not parse(one.caption).relation:
                 looks.append(crispness(one.image, one.caption))
-    inside, outside, edge = np.mean(looks, axis=0)
+    inside, outside, edge = np.mean(looks, axis=0) if looks else [math.nan] * 3
     print(f"\nPictures with one colour: its mean error {inside:.1f} of 255 inside the things, "
           f"{outside:.1f} in the background; edges {edge:.1f} pixels wide at 128")
     if args.grid:
         grid([labelled(*row) for row in first], 6).save(args.grid)
-    if args.failures:
+    if args.failures and failures:
         cards = [labelled(one.image, f"{one.caption}: {one.wrong}", height=240)
                  for one in failures]
         grid(cards, 6).save(args.failures)
@@ -435,7 +436,7 @@ CALLS = (5, 10, 20, 50)
 WALKS = [name for name in tiny_ldm.SAMPLERS if not name.endswith(("leading", "trailing", "lcm"))]
 
 
-def compare_samplers(ldm: LatentDiffusion, count: int, file: str) -> None:
+def compare_samplers(ldm: LatentDiffusion, count: int, file: str, settings: dict) -> None:
     """Prompt-following by network calls for each sampler: a table, and a plot of it."""
     print_head("sampler", *[f"{calls} calls" for calls in CALLS])
     lines = {}
@@ -443,7 +444,8 @@ def compare_samplers(ldm: LatentDiffusion, count: int, file: str) -> None:
         lines[sampler] = []
         for calls in CALLS:
             steps = calls - 1 if sampler == "plms" else calls     # it makes one call more
-            share = right_of_all_kinds(ldm, count, steps=steps, sampler=sampler)
+            settings.update(steps=steps, sampler=sampler)
+            share = right_of_all_kinds(ldm, count, **settings)
             lines[sampler].append(share)
         print_row(sampler, *[f"{100 * share:.0f} %" for share in lines[sampler]])
     plot(lines, CALLS, "network calls").save(file)
@@ -578,16 +580,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--check", action="store_true", help="with --attention: exit with 1 below 3")
     args = parser.parse_args(argv)
     settings = dict(steps=args.steps, sampler=args.sampler, guidance_scale=args.guidance_scale)
+    given = dict(settings, seed=args.seed[0], free_words=args.free_words)
     if args.curve:
-        compare_models(args.curve[1:], args, settings)
+        compare_models(args.curve[1:], args, given)
         return 0
     ldm = LatentDiffusion.load(args.weights, dtype=getattr(torch, args.dtype))
     if args.samplers:
-        compare_samplers(ldm, args.count, args.samplers)
+        compare_samplers(ldm, args.count, args.samplers, given)
     elif args.ways:
         draw_ways(ldm, args.ways)
     elif args.guidance_experiment:
-        compare_guidance(ldm, args.count, settings)
+        compare_guidance(ldm, args.count, given)
     elif args.attention:
         ratios = []
         for seed in args.seed:
