@@ -2347,7 +2347,7 @@ def test_numbers_of_processes_mean_nothing_without_torchrun(env, tmp_path):
 def test_the_user_is_told_what_the_model_can_not_know(inside, capsys):
     assert made("An astronaut, and " + "a red ring " * 9, "--steps", 1) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "tiny_ldm: " in line]
-    assert len(lines) == 2 and "the prompt is too long; cut off: " in lines[0]
+    assert len(lines) == 2 and re.search("prompt is too long; cut off: (a |red |ring )+", lines[0])
     assert "has never met: astronaut, and; " in lines[1] and "Stable Diffusion" in lines[1]
 
 
@@ -2415,7 +2415,7 @@ def bad_files(tmp_path_factory):
     tiny_model(unet=replace(TINY.unet, in_channels=9)).save(d / "nine.safetensors")
     Image.new("RGB", (64, 64)).save(d / "p.png")
     for name, file, text in (("empty", "x", ""), ("broken", "p.txt", "a red circle"),
-                             ("list", "metadata.jsonl", '{"file_name": "p.png"}\n')):
+                             ("list", "metadata.jsonl", '\n{"file_name": "p.png"}\n')):
         (d / name).mkdir()
         (d / name / file).write_text(text)
     (d / "broken" / "p.png").write_bytes(b"\x89PNG\r\n")
@@ -2440,14 +2440,13 @@ BAD = [
     ("a --image alloc.png", "no file alloc.png; check the path"),
     ("a --image link/p.png -o p.png", "must be different files, and not --image"),
     ("a --device meta", "there is no device 'meta' here"),
-    ("--train shapes -o x.safetensors --unet-steps -1", "unet_steps must be from 0 to"),
     ("a --mask p.png", "a mask needs an image that it belongs to"),
     ("a --nonsense", "unrecognized arguments: --nonsense"),
     ("a -o nowhere/x.png", "nowhere/x.png can't be written (FileNotFoundError"),
     ("a -n 2 -o x.bmp", "x.bmp must end in .png"),
     ("a -n 2 -o .", ". must end in .png"),
     ("a --film x.mp4", "x.mp4 must end in .png or .gif"),
-    ("a --weights ''", "no file ."),
+    ("a --weights empty", "empty is a folder; name a file"),
     ("a --weights cut.safetensors", "cut.safetensors is damaged or no .safetensors file"),
     ("a --weights page.safetensors", "page.safetensors is an HTML page, not the file"),
     ("a --weights pointer.safetensors", "is a git-LFS pointer, not the file; fetch it"),
@@ -2460,6 +2459,9 @@ BAD = [
     ("a --weights shape.safetensors", "size mismatch for unet.conv_out.bias"),
     ("a --weights nine.safetensors", "this model repaints: give it an image and a mask"),
     ("--train shapes", "--train needs -o FILE"),
+    ("--train shapes -o x.safetensors --steps 9", "--steps is only for pictures; leave it out"),
+    ("a --unet-steps 9", "--unet-steps is only for training; leave it out"),
+    ("a --image p.png --mask broken/p.png --width 32", "broken/p.png can't be read as a picture"),
     ("--train shapes -o x.png", "x.png must end in .safetensors"),
     ("--train shapes -o x.safetensors --dtype float16", "gradients are too small to train with"),
     ("--train shapes -o nowhere/x.safetensors", "nowhere/x.safetensors can't be written"),
@@ -2468,7 +2470,7 @@ BAD = [
     ("--train nowhere -o x.safetensors", "can't train on the folder nowhere (FileNotFoundError"),
     ("--train empty -o x.safetensors", "the folder empty (ValueError: no captioned pictures)"),
     ("--train broken -o x.safetensors", "broken/p.png can't be read as a picture"),
-    ("--train list -o x.safetensors", "the folder list (KeyError: 'text'); it needs name.png"),
+    ("--train list -o x.safetensors", "list/metadata.jsonl, line 2 is wrong (KeyError: 'text')"),
 ]
 if not torch.cuda.is_available():
     BAD.append(("a --device cuda", "there is no device 'cuda' here"))

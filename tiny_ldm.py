@@ -2110,7 +2110,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def shortened(text: str, width: int = 60) -> str:
     """The beginning of a text, on one line; what can't be printed is escaped."""
-    text = repr(" ".join(text.split()))[1:-1]
+    letters = " ".join(text.split())
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in letters)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -2143,6 +2144,8 @@ def check_file(path: str | Path) -> Path:
     """The path. Raises InputError for what is no regular file (a pipe could block forever), and for
     what a download often leaves in its place: a git-LFS pointer, or a web page."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file (weights_convert.py takes folders)")
     if not path.is_file():
         raise InputError(f"no file {path}; check the path")
     with open(path, "rb") as file:
@@ -2187,7 +2190,8 @@ def open_image(image: str | Path | Image.Image,
     that Pillow knows: for some it runs other programs."""
     formats = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
     PngImagePlugin.MAX_TEXT_CHUNK = 2**26             # a picture may hold a long text
-    with input_errors(f"{image} can't be read as a picture", "replace or remove it"):
+    with input_errors(f"{shortened(str(image), 300)} can't be read as a picture",
+                      "replace or remove it"):
         if not isinstance(image, Image.Image):
             image = Image.open(check_file(image), formats=formats)
         return convert(image)
@@ -2260,16 +2264,16 @@ def fit_pictures(config: Config, image: str | Path | Image.Image | Tensor | None
     if width % stride or height % stride:
         raise InputError(f"width and height must be multiples of {stride}, not {width} and "
                          f"{height}")
+    if mask is not None and not isinstance(mask, Tensor):
+        mask = to_tensor([ImageOps.fit(open_image(mask, to_mask), size)])[:, :1] > 0
+        if not mask.any():
+            say("the mask repaints nothing: no pixel of it is brighter than half of white")
     if isinstance(image, Image.Image):
         if image.size != size:
             say(f"the picture of {image.width} x {image.height} is used at {width} x {height}")
         if 0 < others.get("strength", 0.75) * others["steps"] < 1:
             say("the strength is less than one step: the picture stays as it is")
         image = to_tensor([ImageOps.fit(image, size, Image.Resampling.LANCZOS)])
-    if mask is not None and not isinstance(mask, Tensor):
-        mask = to_tensor([ImageOps.fit(open_image(mask, to_mask), size)])[:, :1] > 0
-        if not mask.any():
-            say("the mask repaints nothing: no pixel of it is brighter than half of white")
     return dict(others, image=image, mask=mask, width=width, height=height, latents=latents)
 
 
@@ -2285,7 +2289,7 @@ def check_header(header: dict[str, str]) -> None:
         for it in fields(part):
             value = getattr(part, it.name)
             # Optional ones may be missing, and 0 is a pad_id
-            if it.type == "int | None" and value in (None, 0):
+            if it.type == "int | None" and str(value) in ("None", "0"):
                 continue
             if it.type.startswith("int") and (type(value) is not int or not 0 < value < 65536):
                 raise ValueError(f"{it.name} can't be {value!r}")
@@ -2304,8 +2308,8 @@ def check_header(header: dict[str, str]) -> None:
             and not any(depth and c.unet.channels * mult % heads for mult, depth in levels)
             and c.unet.vector_dim == vector_dim
             and c.image_size % c.stride == 0
-            and c.steps <= c.schedule.num_timesteps <= 1000
-            and 1e-6 < c.schedule.beta_start <= c.schedule.beta_end < 1
+            and 1 < c.schedule.num_timesteps <= 1000 and c.steps <= c.schedule.num_timesteps
+            and 1e-6 < c.schedule.beta_start <= c.schedule.beta_end < 0.1
             and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000
             and c.prediction in ("eps", "v") and c.sampler in SAMPLERS
             and {BOS, EOS} <= vocab.keys())
@@ -2474,11 +2478,15 @@ class FolderData:
         for path in sorted(self.folder.iterdir()):
             caption = path.with_suffix(".txt")
             if path.name == "metadata.jsonl":
-                for line in filter(str.strip, check_file(path).read_text("utf-8-sig").split("\n")):
-                    entry = json.loads(line)
-                    yield self.folder / entry["file_name"], clean(entry["text"])
+                for number, line in enumerate(read_text(path).split("\n"), 1):
+                    if line.strip():
+                        with input_errors(f"{path}, line {number} is wrong",
+                                          'write {"file_name": "a.png", "text": "a red star"}'):
+                            entry = json.loads(line)
+                            pair = self.folder / entry["file_name"], clean(entry["text"])
+                        yield pair
             elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and caption.exists():
-                yield path, clean(check_file(caption).read_text("utf-8-sig"))
+                yield path, clean(read_text(caption))
 
     def captions(self) -> list[str]:
         """All of them."""
@@ -2489,6 +2497,12 @@ class FolderData:
         path, caption = random.Random(f"{self.seed}/{i}").choice(self.items)
         picture = open_image(path, to_rgb)
         return ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS), caption
+
+
+def read_text(path: Path) -> str:
+    """All of a text file. Raises InputError."""
+    with input_errors(f"{path} is no text in UTF-8", "write it anew"):
+        return check_file(path).read_text("utf-8-sig")
 
 
 def clean(caption: str) -> str:
@@ -2757,7 +2771,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
         help="precision of the networks (float16: not for training)")
     add("--seed", type=int, default=0, help="another one gives another picture, or training")
-    add = parser.add_argument_group("pictures (what is not given is the model's own)").add_argument
+    pictures = parser.add_argument_group("pictures", "What is not given is the model's own.")
+    add = pictures.add_argument
     add("-n", "--count", type=int, default=1, help="how many, with seeds SEED, SEED + 1, ...")
     add("--steps", type=int, help="1 to 1000")
     add("--sampler", help=", ".join(SAMPLERS))
@@ -2771,14 +2786,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mask", help="repaint only where this picture is white")
     add("--film", help="also write how the picture formed: a strip (.png) or a .gif")
     add("--compile", action="store_true", help="faster networks, after a minute of compiling")
-    add = parser.add_argument_group("training").add_argument
+    training = parser.add_argument_group("training")
+    add = training.add_argument
     add("--train", metavar="shapes|FOLDER", help="the Shapes world, or captioned pictures")
     add("--force", action="store_true", help="replace a model that is there")
     add("--vae-steps", type=int, default=20000, help="of stage 1")
     add("--unet-steps", type=int, default=20000, help="of stage 2")
     add("--unet-batch", type=int, default=128, help="pictures per step of stage 2")
     add("--save-minutes", type=float, default=5.0, help="between checkpoints")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for option in (pictures if args.train else training)._group_actions:
+        if getattr(args, option.dest) != option.default:
+            raise InputError(f"{option.option_strings[-1]} is only for {option.container.title}; "
+                             "leave it out")
+    return args
 
 
 def parameters_text(args: argparse.Namespace, settings: dict, model: str) -> str:
@@ -2804,9 +2825,10 @@ def picture_paths(args: argparse.Namespace) -> list[Path]:
         paths = [path.with_name(f"{path.stem}-{args.seed + i}.png") for i in range(args.count)]
     named = paths if args.output else []         # other names give way to what is there
     written = [os.path.realpath(file) for file in (*named, args.film) if file]
-    read = [os.path.realpath(file) for file in (args.image, args.mask) if file]
+    read = [os.path.realpath(file) for file in (args.image, args.mask, args.weights) if file]
     if len({*written, *read}) < len(written) + len(set(read)):
-        raise InputError("-o and --film must be different files, and not --image or --mask")
+        raise InputError("-o and --film must be different files, and not --image, --mask or "
+                         "--weights")
     return paths
 
 
@@ -2869,9 +2891,9 @@ def save_film(films: list[list[Image.Image]], moving: bool, file: str) -> None:
 def say_what_is_lost(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Says which end of the prompt is cut off, and which of its words the built-in model has never
     met."""
-    rest = tokenizer.backend.encode(args.prompt).tokens[tokenizer.max_length - 2 :]
+    rest = tokenizer.backend.encode(args.prompt).offsets[tokenizer.max_length - 2 :]
     if rest:
-        say(f"the prompt is too long; cut off: {shortened(''.join(rest).replace('</w>', ' '))}")
+        say(f"the prompt is too long; cut off: {shortened(args.prompt[rest[0][0] :])}")
     known = tokenizer.backend.get_vocab()
     unknown = [word for word in re.findall(r"[^\W\d_]+", args.prompt.lower())
                if f"{word}</w>" not in known]
@@ -2887,8 +2909,8 @@ def run(argv: list[str] | None) -> None:
     args.dtype = getattr(torch, args.dtype)
     if not args.train:
         make_pictures(args)
-    elif not args.output:
-        raise InputError("--train needs -o FILE.safetensors, where the model goes")
+    elif args.prompt or not args.output:
+        raise InputError("--train needs -o FILE.safetensors, where the model goes, and no prompt")
     else:
         settings = {name: value for name, value in vars(args).items()
                     if name in train_model.__kwdefaults__}
@@ -2922,7 +2944,8 @@ def main(argv: list[str] | None = None, command: Callable = run) -> int:
 def console(command: Callable = run) -> None:
     """main as a program, also where stdout and stderr are closed or can't write every letter."""
     for ending in (signal.SIGINT, signal.SIGTERM):                # nothing half-written stays then
-        signal.signal(ending, signal.default_int_handler)
+        if signal.getsignal(ending) != signal.SIG_IGN:            # as in a script's "command &"
+            signal.signal(ending, signal.default_int_handler)
     sys.unraisablehook = lambda _: None           # of a progress bar that is interrupted
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if sys.stdout is not None:
