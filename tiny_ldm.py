@@ -852,7 +852,7 @@ class TextEncoder(nn.Module):
 
     def pooled(self, last: Tensor, ids: Tensor, eos: int) -> Tensor:
         """The prompt as one vector [B, 1280]: what CLIP compares with pictures. It is read at the
-        first EOS, the one place that has seen all words and no padding."""
+        first EOS, the one place that has seen all words and their end, and no padding."""
         first_eos = (ids == eos).int().argmax(dim=1)              # [B]
         return self.projection(self.final_norm(last)[torch.arange(len(ids)), first_eos])
 
