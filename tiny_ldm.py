@@ -2308,7 +2308,7 @@ def check_header(header: dict[str, str]) -> None:
             and not any(depth and c.unet.channels * mult % heads for mult, depth in levels)
             and c.unet.vector_dim == vector_dim
             and c.image_size % c.stride == 0
-            and 1 < c.schedule.num_timesteps <= 1000 and c.steps <= c.schedule.num_timesteps
+            and max(2, c.steps) <= c.schedule.num_timesteps <= 1000
             and 1e-6 < c.schedule.beta_start <= c.schedule.beta_end < 0.1
             and 0 < c.scale_factor < 1e6 and abs(c.guidance_scale) <= 1000
             and c.prediction in ("eps", "v") and c.sampler in SAMPLERS
@@ -2564,9 +2564,10 @@ class Trainer:
         return to_tensor(pictures).to(self.ldm.device), captions
 
     def encoded(self, number: int, count: int) -> tuple[Tensor, tuple[str, ...]]:
-        """The same with latents in place of the pictures."""
+        """The same with latents in place of the pictures, in float32: in bfloat16 the lowest noise
+        levels would be lost."""
         images, captions = self.pictures(number, count)
-        return self.ldm.encode_image(images, self.generator(2**40 + number)), captions
+        return self.ldm.encode_image(images, self.generator(2**40 + number)).float(), captions
 
     def first_stage(self, batch: int, step: int) -> Tensor:
         """The loss of a step of stage 1."""
@@ -2594,8 +2595,7 @@ class Trainer:
         latents, captions = zip(*parts)
         t = torch.rand(batch, generator=rng) ** (2 / 3) * ldm.config.schedule.num_timesteps
         ids = ldm.tokenizer(sum(captions, ()))
-        x0 = torch.cat(latents).float()          # in bfloat16 the lowest noise levels would be lost
-        return text_to_image_loss(ldm, x0, ids, t=t.long(), generator=rng)
+        return text_to_image_loss(ldm, torch.cat(latents), ids, t=t.long(), generator=rng)
 
     def fit(self, stage: str, loss_of: Callable[[int], Tensor], steps: int) -> None:
         """Trains what this stage trains, then puts the averages of the weights in their place."""
