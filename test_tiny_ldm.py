@@ -535,17 +535,17 @@ def test_whoever_iterates_may_look_and_change(tiny, sampler):
 # 8. LatentDiffusion. A seed means the same picture everywhere, guidance is a line, a saved model is
 # the same, and the built-in one draws what it always drew.
 
-# From commit 8f0b1d8, 25 steps of euler_a, guidance scale 2: the mean colours of 4 x 4 squares
+# When the weights came: 25 steps of euler_a, guidance scale 2, the mean colours of 4 x 4 squares
 PICTURES = {
     "a small purple heart above a large orange star on a blue background":
-        "1e46dc1e46dc393ed12942d71e46dc1e46dc1e46dc1e46dc"
-        "384ec38567781e46dc1e46dc294ad2384ec31e46dc1e46dc",
+        "1e46dc343fd33040d41e46dc1e46dc2245da2045db1e46dc"
+        "1e46dc2649d45e5a9e1f46db1e46dc1f46db6f5f8d1e46dc",
     "three red crosses":
-        "fffffffffffffffffffffffffffffffffffff2a9adfffdfd"
-        "fffffffef8f9f8d4d5fef9f9fffffff1a3a6fadedff3b4b7",
+        "fdf2f3f3b3b7fae1e2fffffffffefefbe6e7e86d72f8d4d5"
+        "fdf5f5f6c6c9fffffffffffff9d6d7ed898effffffffffff",
     "a large green ring on a yellow background":
-        "fadc28fadc28fadc28fadc28fadc28a9c22fd0cf2cfadc28"
-        "fadc28a4c130cccd2cfadc28fadc28fadc28fadc28fadc28"}
+        "fadc28efd929f8db28fadc28fadc2891bb31a5c130fadc28"
+        "fadc28b9c72ed4d02bfadc28fadc28fadc28fadc28fadc28"}
 
 
 def test_the_built_in_model_draws_what_it_always_drew(built_in):

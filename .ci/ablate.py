@@ -1,7 +1,7 @@
 """What matters to the built-in model? Trains its U-Net and text encoder from nothing, once as
 `--train` does and once for each thing left out, and judges each on held-out (colour, shape) pairs.
 
-    python .ci/ablate.py FOLDER --steps 1500 --captions 150
+    python .ci/ablate.py FOLDER --steps 600 --captions 150
 
 All start from the VAE of the built-in model and from the same random weights, see the same
 pictures, and train at the same time, so that they share the machine. What FOLDER holds already is
@@ -74,7 +74,6 @@ def use_adamw():
 
 def train(name, args):
     """The training of one of CHANGES, in this process."""
-    import torch
     import tiny_ldm
     if "dropout" in name:
         drop_no_captions()
@@ -84,7 +83,7 @@ def train(name, args):
         use_adamw()
     start = args.folder / "start.safetensors"
     tiny_ldm.train_model("shapes", file_of(args.folder, name), weights=start,
-                         unet_steps=args.steps, dtype=getattr(torch, args.dtype))
+                         unet_steps=args.steps)
 
 
 def table(args):
@@ -104,9 +103,8 @@ def table(args):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     ap.add_argument("folder", type=Path)
-    ap.add_argument("--steps", type=int, default=1500)
+    ap.add_argument("--steps", type=int, default=600)
     ap.add_argument("--captions", type=int, default=150)
-    ap.add_argument("--dtype", default="bfloat16")
     ap.add_argument("--train", choices=CHANGES, help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.train:
